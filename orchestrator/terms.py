@@ -1,0 +1,61 @@
+"""What a run's spec and record say about its limits: how long, how much, how many processes, which checkpoints. Pure."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+from runs import charges
+from runs.record import AttemptRecord, CheckpointRecord, RunRecord
+
+COLLECT_RESERVE_SECONDS = 120.0
+"""Paid time kept back for the last checkpoint and its transfer, when budget or deadline end a run."""
+LARGE_BYTES = 256 * 2**20
+"""Above this a finished run brings home the weights alone: the optimizer's state would only be paid for."""
+
+
+def deadline(run: RunRecord) -> datetime | None:
+    """When the run's time is over: `max_hours` after its first attempt began. None without a limit, or before."""
+    started = next((item.started_at for item in run.attempts if item.keys), None)
+    if started is None or run.max_seconds is None:
+        return None
+    return started + timedelta(seconds=run.max_seconds)
+
+
+def reserve_seconds(run: RunRecord) -> float:
+    """Time kept back for collecting before the deadline: two minutes, or a tenth of a short run."""
+    return min(COLLECT_RESERVE_SECONDS, (run.max_seconds or 0) / 10)
+
+
+def no_time_left(run: RunRecord, now: datetime) -> bool:
+    """Not even collecting may go on: the budget or the lease is used up."""
+    end = deadline(run)
+    if end is not None and now >= end:
+        return True
+    return run.max_micro_usd is not None and charges.total(run, now) >= run.max_micro_usd > 0
+
+
+def wanted(run: RunRecord, attempt: AttemptRecord) -> tuple[int, ...]:
+    """Steps whose checkpoints must be here before the node may go: the spec's on success, else the newest."""
+    fetch = run.spec["checkpoint"]["fetch"] if attempt.trainer_end == "finished" else "latest"
+    chosen: dict[str, list[CheckpointRecord | None]] = {
+        "none": [],
+        "latest": [run.latest],
+        "best": [run.best],
+        "all": list(run.available),
+    }
+    return tuple(item.step for item in chosen[fetch] if item is not None)
+
+
+def large(run: RunRecord, steps: tuple[int, ...]) -> bool:
+    """Whether those checkpoints are so big that only their weights are worth waiting for."""
+    return sum(run.checkpoints[step].bytes for step in steps) > LARGE_BYTES
+
+
+def world_size(run: RunRecord, gpus: int) -> int:
+    """Processes on one node: as the spec says, else one per GPU, else one."""
+    return int(run.spec["train"].get("processes_per_node") or max(1, gpus))
+
+
+def lease_end(run: RunRecord, now: datetime) -> datetime:
+    """When a node that is launched now must be gone: the run's deadline; a day where the spec sets none."""
+    return deadline(run) or now + timedelta(days=1)

@@ -1,0 +1,1 @@
+"""What a run and a node are, what happened to them, and what it cost."""

@@ -1,0 +1,230 @@
+"""Dollars, computed from events and tariffs. Pure; integer micro-dollars.
+
+A node bills from the moment it was first seen active (counted from the last moment at which it was known not to be, so that
+a driver that was away errs on the side of the bill) to the moment at which its termination was accepted, once the
+provider confirms that it is gone. Until then the figure is an upper bound and says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from runs.events import PHASES, Phase
+from runs.facts import Tariff
+from runs.record import NodeRecord, RunRecord
+
+
+@dataclass(frozen=True)
+class Bill:
+    """What one node costs: [start, end) in billed time, rounded as its tariff rounds."""
+
+    start: datetime
+    end: datetime
+    """When the meter stopped, or `now`."""
+    seconds: float
+    """Billed seconds, rounding and minimum included."""
+    micro_usd: int
+    final: bool
+    """False: the node still bills, or its end is not confirmed, and the figure is an upper bound."""
+
+
+@dataclass(frozen=True)
+class Charge:
+    """A priced interval of a node's life."""
+
+    node: str
+    phase: Phase
+    start: datetime
+    end: datetime
+    micro_usd: int
+
+    @property
+    def seconds(self) -> float:
+        """Wall seconds of the interval."""
+        return (self.end - self.start).total_seconds()
+
+
+def billed(seconds: float, tariff: Tariff) -> float:
+    """`seconds` of life as billed: up to the minimum, then up to a whole multiple of the granularity."""
+    seconds = max(seconds, tariff.minimum_seconds)
+    whole = tariff.granularity_seconds
+    return max(-(-int(seconds * 1000) // (whole * 1000)) * whole, 0) if whole > 1 else seconds
+
+
+def price(seconds: float, micro_usd_per_hour: int) -> int:
+    """Micro-dollars of billed seconds, rounded to the nearest."""
+    return round(seconds * micro_usd_per_hour / 3600)
+
+
+def node_bill(node: NodeRecord, now: datetime) -> Bill | None:
+    """The bill of one node at `now`; None where none has begun (refused, abandoned, still booting)."""
+    start = node.active_not_before or node.active_at
+    if start is None:
+        if node.answer == "known" and node.gone_at is None and node.terminate_intended_at is None:
+            return None
+        if node.gone_at is None or node.terminate_accepted_at is None or node.status == "booting":
+            return None
+        start = node.intended_at
+    end, final = _end(node, now)
+    end = max(end, start)
+    tariff = node.offer.tariff
+    seconds = billed((end - start).total_seconds(), tariff)
+    rate = node.micro_usd_per_hour or tariff.micro_usd_per_hour
+    return Bill(start=start, end=end, seconds=seconds, micro_usd=price(seconds, rate), final=final)
+
+
+def _end(node: NodeRecord, now: datetime) -> tuple[datetime, bool]:
+    if node.billing_ended_at is not None:
+        return node.billing_ended_at, True
+    if node.gone_at is not None:
+        return node.terminate_accepted_at or node.gone_at, True
+    return now, False
+
+
+def total(run: RunRecord, now: datetime) -> int:
+    """Micro-dollars of all nodes of the run so far."""
+    return sum(bill.micro_usd for node in run.nodes if (bill := node_bill(node, now)))
+
+
+def rate(run: RunRecord) -> int:
+    """Micro-dollars per hour of the nodes that may bill now."""
+    return sum(
+        node.micro_usd_per_hour or node.offer.tariff.micro_usd_per_hour
+        for node in run.nodes
+        if node.may_bill and node.answer == "known"
+    )
+
+
+def final(run: RunRecord, now: datetime) -> bool:
+    """Whether the total can still change."""
+    return all(node.settled for node in run.nodes) and all(
+        bill.final for node in run.nodes if (bill := node_bill(node, now))
+    )
+
+
+def charges(run: RunRecord, now: datetime) -> list[Charge]:
+    """The bill of a run, by node and phase: intervals that do not overlap and whose dollars sum to the bill."""
+    result: list[Charge] = []
+    for node in run.nodes:
+        bill = node_bill(node, now)
+        if bill is not None:
+            result += _node_charges(run, node, bill)
+    return result
+
+
+def _node_charges(run: RunRecord, node: NodeRecord, bill: Bill) -> list[Charge]:
+    pieces = partition(bill.start, bill.end, _claims(run, node, bill))
+    rate = node.micro_usd_per_hour or node.offer.tariff.micro_usd_per_hour
+    result, spent = [], 0
+    for index, (phase, start, end) in enumerate(pieces):
+        # Cumulative, so that rounding never adds up; the provider's own rounding falls to the last phase.
+        until = (
+            bill.micro_usd if index == len(pieces) - 1 else price((end - bill.start).total_seconds(), rate)
+        )
+        result.append(Charge(node=node.key, phase=phase, start=start, end=end, micro_usd=until - spent))
+        spent = until
+    return result
+
+
+def _claims(run: RunRecord, node: NodeRecord, bill: Bill) -> list[tuple[Phase, datetime, datetime]]:
+    """What each phase asks of the node's time; overlaps are settled by `partition`."""
+    claims: list[tuple[Phase, datetime, datetime]] = [
+        (phase, datetime.fromtimestamp(start, UTC), datetime.fromtimestamp(end, UTC))  # type: ignore[misc]
+        for phase, start, end in run.intervals
+    ]
+    trained = sorted(start for phase, start, _ in claims)
+    if node.ready_at is None:
+        claims.append(("booting", bill.start, node.terminate_intended_at or bill.end))
+    else:
+        claims.append(("booting", bill.start, node.ready_at))
+    for attempt in run.attempts:
+        if node.key not in attempt.keys:
+            continue
+        begin = max(attempt.started_at, node.ready_at or bill.end)
+        finish = attempt.trainer_ended_at or attempt.ended_at or node.terminate_intended_at or bill.end
+        first = next((start for start in trained if begin <= start < finish), finish)
+        claims.append(("preparing", begin, first))
+        if attempt.trainer_ended_at is not None:
+            until = node.terminate_intended_at or attempt.ended_at or bill.end
+            claims.append(("collecting", attempt.trainer_ended_at, until))
+    if node.terminate_intended_at is not None:
+        claims.append(("releasing", node.terminate_intended_at, bill.end))
+    return claims
+
+
+def partition(
+    start: datetime, end: datetime, claims: Iterable[tuple[Phase, datetime, datetime]]
+) -> list[tuple[Phase, datetime, datetime]]:
+    """Split [start, end) so that each moment belongs to the first claiming phase in the order of PHASES, else to idle."""
+    clipped = [(phase, max(a, start), min(b, end)) for phase, a, b in claims if max(a, start) < min(b, end)]
+    cuts = sorted({start, end, *(a for _, a, _ in clipped), *(b for _, _, b in clipped)})
+    rank = {phase: index for index, phase in enumerate(PHASES)}
+    events: list[tuple[datetime, int, int]] = []
+    for phase, a, b in clipped:
+        events += [(a, 1, rank[phase]), (b, -1, rank[phase])]
+    events.sort()
+    active, position = [0] * len(PHASES), 0
+    pieces: list[tuple[Phase, datetime, datetime]] = []
+    for a, b in zip(cuts, cuts[1:], strict=False):
+        while position < len(events) and events[position][0] <= a:
+            active[events[position][2]] += events[position][1]
+            position += 1
+        phase = next((PHASES[index] for index, count in enumerate(active) if count), "idle")
+        if pieces and pieces[-1][0] == phase:
+            pieces[-1] = (phase, pieces[-1][1], b)
+        else:
+            pieces.append((phase, a, b))
+    return pieces or ([("idle", start, end)] if start == end else pieces)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """A run's bill in one place."""
+
+    micro_usd: int
+    billed_seconds: float
+    training_seconds: float
+    by_phase: dict[str, int]
+    """Micro-dollars by phase."""
+    seconds_by_phase: dict[str, float]
+    final: bool
+
+    @property
+    def overhead_fraction(self) -> float | None:
+        """1 − training / billed node-seconds; None where nothing was billed."""
+        return 1 - self.training_seconds / self.billed_seconds if self.billed_seconds > 0 else None
+
+    @property
+    def training_micro_usd(self) -> int:
+        """Micro-dollars of kept training steps."""
+        return self.by_phase.get("training", 0)
+
+
+def totals(run: RunRecord, now: datetime) -> Totals:
+    """Sums over all nodes of a run."""
+    items: Sequence[Charge] = charges(run, now)
+    by_phase: dict[str, int] = {}
+    seconds: dict[str, float] = {}
+    for item in items:
+        by_phase[item.phase] = by_phase.get(item.phase, 0) + item.micro_usd
+        seconds[item.phase] = seconds.get(item.phase, 0.0) + item.seconds
+    bills = [bill for node in run.nodes if (bill := node_bill(node, now))]
+    return Totals(
+        micro_usd=sum(bill.micro_usd for bill in bills),
+        billed_seconds=sum(bill.seconds for bill in bills),
+        training_seconds=seconds.get("training", 0.0),
+        by_phase=by_phase,
+        seconds_by_phase=seconds,
+        final=final(run, now),
+    )
+
+
+def exhausted_at(run: RunRecord, now: datetime, max_micro_usd: int) -> datetime | None:
+    """When the budget will be used up if every billing node goes on; None where nothing bills."""
+    speed = rate(run)
+    if speed <= 0:
+        return None
+    left = max_micro_usd - total(run, now)
+    return now + timedelta(hours=left / speed)

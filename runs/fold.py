@@ -1,0 +1,405 @@
+"""The fold: records are what events make of them, and nothing else writes a record. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from runs import events as e
+from runs.record import (
+    AttemptRecord,
+    CheckpointRecord,
+    LaneRecord,
+    NodeRecord,
+    RefusalRecord,
+    RunRecord,
+    RunState,
+    StopRecord,
+)
+
+
+T = TypeVar("T", NodeRecord, RunRecord, AttemptRecord)
+
+
+class FoldError(ValueError):
+    """An event that cannot follow what was there: a broken store, or a bug."""
+
+
+def _with(record: T, **changes: Any) -> T:
+    return record.model_copy(update=changes)
+
+
+# ---------------------------------------------------------------- nodes
+
+
+def fold_node(node: NodeRecord | None, event: e.NodeEvent) -> NodeRecord:
+    """The node after `event`. Raises FoldError where a stream does not begin with its intent."""
+    if isinstance(event, e.LaunchIntended):
+        if node is not None:
+            raise FoldError(f"{event.key} is intended twice")
+        return NodeRecord(
+            key=event.key,
+            run=event.run,
+            provider=event.provider,
+            marker=event.marker,
+            offer=event.offer,
+            intended_at=event.at,
+        )
+    if node is None:
+        raise FoldError(f"{event.kind} before any LaunchIntended")
+    return _NODE[type(event)](node, event)
+
+
+def _answered(node: NodeRecord, event: e.LaunchAnswered | e.LaunchFound) -> NodeRecord:
+    # A node that was believed gone or abandoned and is there after all bills again until it is really gone.
+    back = {"gone_at": None, "terminate_accepted_at": None, "billing_ended_at": None} if node.gone_at else {}
+    return _with(node, answer="known", id=event.id, **back)
+
+
+def _refused(node: NodeRecord, event: e.LaunchRefused) -> NodeRecord:
+    return _with(
+        node, answer="refused", refusal=f"{event.code}: {event.message}", capacity_refused=event.capacity
+    )
+
+
+def _observed(node: NodeRecord, event: e.NodeObserved) -> NodeRecord:
+    changes: dict[str, Any] = {"status": event.status, "port": event.port, "user": event.user}
+    changes["ip"] = event.ip or node.ip
+    changes["private_ip"] = event.private_ip or node.private_ip
+    changes["micro_usd_per_hour"] = event.micro_usd_per_hour or node.micro_usd_per_hour
+    if event.status in {"active", "unhealthy"} and node.active_at is None:
+        changes["active_at"] = event.at
+        changes["active_not_before"] = event.not_before or node.intended_at
+    return _with(node, **changes)
+
+
+def _ready(node: NodeRecord, event: e.NodeReady) -> NodeRecord:
+    return _with(
+        node,
+        ready_at=node.ready_at or event.at,
+        host_key=event.host_key or node.host_key,
+        boot_id=event.boot_id,
+        clock_offset_seconds=event.clock_offset_seconds,
+        facts={**node.facts, **event.facts},
+    )
+
+
+def _terminate_intended(node: NodeRecord, event: e.TerminateIntended) -> NodeRecord:
+    return _with(
+        node,
+        terminate_intended_at=node.terminate_intended_at or event.at,
+        terminate_reason=node.terminate_reason or event.reason,
+        terminate_tried_at=event.at,
+        terminate_tries=node.terminate_tries + 1,
+        kept=False,
+    )
+
+
+def _terminate_answered(node: NodeRecord, event: e.TerminateAnswered) -> NodeRecord:
+    if not event.accepted:
+        return node
+    return _with(node, terminate_accepted_at=node.terminate_accepted_at or event.at)
+
+
+def _gone(node: NodeRecord, event: e.NodeGone) -> NodeRecord:
+    if node.gone_at is not None:
+        return _with(node, billing_ended_at=event.ended_at or node.billing_ended_at)
+    answer = "known" if node.answer in {"none", "ambiguous"} else node.answer
+    return _with(
+        node,
+        gone_at=event.at,
+        gone_evidence=event.evidence,
+        billing_ended_at=event.ended_at,
+        answer=answer,
+        kept=False,
+    )
+
+
+_NODE: dict[type, Callable[[NodeRecord, Any], NodeRecord]] = {
+    e.LaunchAnswered: _answered,
+    e.LaunchFound: _answered,
+    e.LaunchRefused: _refused,
+    e.LaunchAmbiguous: lambda node, _: _with(node, answer="ambiguous"),
+    e.LaunchAbandoned: lambda node, _: _with(node, answer="abandoned"),
+    e.NodeObserved: _observed,
+    e.NodeReady: _ready,
+    e.PreflightFailed: lambda node, event: _with(node, preflight_failed=event.reason),
+    e.LeaseExtended: lambda node, event: _with(node, marker=event.marker),
+    e.NodeKept: lambda node, event: _with(node, kept=True, kept_until=event.until),
+    e.TerminateIntended: _terminate_intended,
+    e.TerminateAnswered: _terminate_answered,
+    e.NodeGone: _gone,
+}
+
+
+# ---------------------------------------------------------------- runs
+
+
+def fold_run(run: RunRecord | None, event: e.RunEvent) -> RunRecord:
+    """The run after `event`. Raises FoldError where a stream does not begin with its creation."""
+    if isinstance(event, e.RunCreated):
+        if run is not None:
+            raise FoldError(f"{event.run} is created twice")
+        return RunRecord(
+            run=event.run,
+            name=event.spec["name"],
+            provider=event.spec["hardware"]["provider"],
+            spec=event.spec,
+            steps=event.steps,
+            created_at=event.at,
+            on_node=event.on_node,
+            sweep=event.sweep,
+            max_micro_usd=event.max_micro_usd,
+            max_seconds=event.max_seconds,
+            wait_seconds=event.wait_seconds,
+            wait_from=event.at,
+        )
+    if run is None:
+        raise FoldError(f"{event.kind} before any RunCreated")
+    return _RUN[type(event)](run, event)
+
+
+def _stop(run: RunRecord, event: e.StopRequested) -> RunRecord:
+    if run.outcome is not None:
+        return run
+    checkpoint = event.checkpoint and (run.stop is None or run.stop.checkpoint)
+    reason = run.stop.reason if run.stop else event.reason
+    return _with(run, stop=StopRecord(reason=reason, checkpoint=checkpoint, at=event.at))
+
+
+def _resume(run: RunRecord, event: e.ResumeRequested) -> RunRecord:
+    return _with(
+        run,
+        outcome=None,
+        reason=None,
+        ended_at=None,
+        stop=None,
+        cancelled=False,
+        wait_from=event.at,
+        wait_seconds=event.wait_seconds,
+        max_micro_usd=event.max_micro_usd or run.max_micro_usd,
+        refusals=(),
+        preflight_failures=0,
+        replacements=0,
+        resumes=run.resumes + 1,
+        state="waiting",
+    )
+
+
+def _limits(run: RunRecord, event: e.LimitsRaised) -> RunRecord:
+    return _with(
+        run,
+        max_micro_usd=event.max_micro_usd or run.max_micro_usd,
+        max_seconds=event.max_seconds or run.max_seconds,
+    )
+
+
+def _driver(run: RunRecord, event: e.DriverStarted) -> RunRecord:
+    state: RunState = "waiting" if run.state == "planned" else run.state
+    return _with(
+        run,
+        epoch=event.epoch,
+        driver_pid=event.pid,
+        driver_start_time=event.start_time,
+        driver_boot_id=event.boot_id,
+        state=state,
+    )
+
+
+def _attempt_started(run: RunRecord, event: e.AttemptStarted) -> RunRecord:
+    offer = run.attempts[-1].offer
+    attempt = AttemptRecord(
+        number=event.attempt,
+        offer=offer,
+        keys=event.keys,
+        from_step=event.from_step,
+        world_size=event.world_size,
+        microbatch_size=event.microbatch_size,
+        reused=event.reused,
+        started_at=event.at,
+    )
+    return _with(run, attempts=(*run.attempts[:-1], attempt), state="booting")
+
+
+def _offer_chosen(run: RunRecord, event: e.OfferChosen) -> RunRecord:
+    attempt = AttemptRecord(
+        number=event.attempt, offer=event.offer, keys=(), from_step=0, world_size=0, started_at=event.at
+    )
+    return _with(run, attempts=(*run.attempts, attempt), state="waiting")
+
+
+def _change_attempt(run: RunRecord, number: int | None = None, **changes: Any) -> RunRecord:
+    if not run.attempts:
+        raise FoldError(f"{run.run} has no attempt")
+    number = run.attempts[-1].number if number is None else number
+    attempts = tuple(_with(item, **changes) if item.number == number else item for item in run.attempts)
+    return _with(run, attempts=attempts)
+
+
+def _lane(run: RunRecord, event: e.LaneDone) -> RunRecord:
+    lane = LaneRecord(
+        hash=event.hash,
+        seconds=event.seconds,
+        sent_bytes=event.sent_bytes,
+        ended_at=event.at,
+        detail=event.detail,
+    )
+    lanes = {**run.attempts[-1].lanes, f"{event.key}/{event.lane}": lane}
+    return _with(
+        _change_attempt(run, lanes=lanes), state="preparing" if run.state == "booting" else run.state
+    )
+
+
+def _trainer_started(run: RunRecord, event: e.TrainerStarted) -> RunRecord:
+    changed = _change_attempt(
+        run,
+        event.attempt,
+        token=event.token,
+        trainer_started_at=run.attempts[-1].trainer_started_at or event.at,
+        starts=run.attempts[-1].starts + 1,
+        trainer_deadline=event.deadline,
+    )
+    return _with(changed, state="training" if run.state == "training" else "preparing")
+
+
+def _trainer_ended(run: RunRecord, event: e.TrainerEnded) -> RunRecord:
+    changed = _change_attempt(
+        run,
+        event.attempt,
+        trainer_end=event.reason,
+        trainer_end_detail=event.detail,
+        trainer_ended_at=event.at,
+    )
+    return _with(changed, state="collecting")
+
+
+def _seen(run: RunRecord, event: e.CheckpointSeen) -> RunRecord:
+    old = run.checkpoints.get(event.step)
+    same = old is not None and old.sha256 == event.sha256
+    item = CheckpointRecord(
+        step=event.step,
+        sha256=event.sha256,
+        bytes=event.bytes,
+        validation_loss=event.validation_loss,
+        seen_at=event.at,
+        attempt=run.attempts[-1].number if run.attempts else 0,
+        path=old.path if old and same else None,
+        weights_only=old.weights_only if old and same else False,
+    )
+    return _with(run, checkpoints={**run.checkpoints, event.step: item})
+
+
+def _verified(run: RunRecord, event: e.CheckpointVerified) -> RunRecord:
+    old = run.checkpoints.get(event.step)
+    if old is not None and old.fetched and old.sha256 == event.sha256:
+        return run
+    item = CheckpointRecord(
+        step=event.step,
+        sha256=event.sha256,
+        bytes=event.bytes,
+        validation_loss=old.validation_loss if old else None,
+        seen_at=old.seen_at if old else event.at,
+        attempt=old.attempt if old else 0,
+        path=event.path,
+        weights_only=event.weights_only,
+    )
+    return _with(run, checkpoints={**run.checkpoints, event.step: item})
+
+
+def _progress(run: RunRecord, event: e.ProgressSeen) -> RunRecord:
+    training = run.state in {"booting", "preparing"} and any(
+        phase == "training" for phase, _, _ in event.intervals
+    )
+    return _with(
+        run,
+        summary={**run.summary, **event.summary},
+        intervals=join_intervals(run.intervals, event.intervals),
+        state="training" if training else run.state,
+    )
+
+
+def join_intervals(
+    old: tuple[tuple[str, float, float], ...], new: Iterable[tuple[str, float, float]]
+) -> tuple[tuple[str, float, float], ...]:
+    """Append intervals, merging one that continues the last of the same phase (a gap under 10 ms is none)."""
+    joined = list(old)
+    for phase, start, end in new:
+        if joined and joined[-1][0] == phase and 0 <= start - joined[-1][2] < 0.01:
+            joined[-1] = (phase, joined[-1][1], end)
+        else:
+            joined.append((phase, start, end))
+    return tuple(joined)
+
+
+def _evaluated(run: RunRecord, event: e.EvaluationRecorded) -> RunRecord:
+    result = {"name": event.name, "step": event.step, **event.result}
+    others = tuple(
+        item for item in run.evaluations if (item["name"], item["step"]) != (event.name, event.step)
+    )
+    return _with(run, evaluations=(*others, result))
+
+
+def _job_failed(run: RunRecord, event: e.JobFailed) -> RunRecord:
+    if not run.attempts:
+        return run
+    attempt = run.attempts[-1]
+    name = f"{event.key}/{event.job}" if event.key else event.job
+    count = attempt.failures.get(name, (0, ""))[0] + 1
+    fatal = attempt.fatal or (event.reason if event.fatal else None)
+    return _change_attempt(run, failures={**attempt.failures, name: (count, event.reason)}, fatal=fatal)
+
+
+def _attempt_ended(run: RunRecord, event: e.AttemptEnded) -> RunRecord:
+    changed = _change_attempt(run, event.attempt, ended_at=event.at, end_reason=event.reason)
+    changes: dict[str, Any] = {"state": "waiting"}
+    attempt = changed.attempts[-1]
+    if event.reason == "no-capacity":
+        refusal = RefusalRecord(
+            instance_type=attempt.offer.instance_type,
+            region=attempt.offer.region,
+            code=event.reason,
+            at=event.at,
+        )
+        changes["refusals"] = (*run.refusals, refusal)
+    elif event.reason == "preflight":
+        changes["preflight_failures"] = run.preflight_failures + 1
+    elif event.reason in {"node-lost", "trainer-lost", "trainer-interrupted"}:
+        newest = run.resume_step
+        changes["replacements"] = 1 if newest > run.replaced_at_step else run.replacements + 1
+        changes["replaced_at_step"] = newest
+    return _with(changed, **changes)
+
+
+def _ended(run: RunRecord, event: e.RunEnded) -> RunRecord:
+    return _with(run, outcome=event.outcome, reason=event.reason, ended_at=event.at, state=event.outcome)
+
+
+_RUN: dict[type, Callable[[RunRecord, Any], RunRecord]] = {
+    e.StopRequested: _stop,
+    e.ResumeRequested: _resume,
+    e.LimitsRaised: _limits,
+    e.WaitCancelled: lambda run, _: _with(run, cancelled=True),
+    e.ReleaseRequested: lambda run, event: _with(run, release_requested=run.release_requested | {event.key}),
+    e.DriverStarted: _driver,
+    e.OfferChosen: _offer_chosen,
+    e.AttemptStarted: _attempt_started,
+    e.LaneDone: _lane,
+    e.TrainerStarted: _trainer_started,
+    e.TrainerRestarted: lambda run, event: _change_attempt(run, restarts=event.restarts),
+    e.TrainerEnded: _trainer_ended,
+    e.CheckpointSeen: _seen,
+    e.CheckpointVerified: _verified,
+    e.ProgressSeen: _progress,
+    e.EvaluationRecorded: _evaluated,
+    e.JobFailed: _job_failed,
+    e.AttemptEnded: _attempt_ended,
+    e.RunEnded: _ended,
+}
+
+
+def fold_all(stream: Iterable[e.RunEvent]) -> RunRecord | None:
+    """The record of a whole stream."""
+    record: RunRecord | None = None
+    for event in stream:
+        record = fold_run(record, event)
+    return record

@@ -1,0 +1,336 @@
+"""The store: LLMCTL_HOME/llmctl.db (SQLite, WAL). Events are the truth; rows of `runs` and `nodes` are their fold.
+
+Each commit appends events and rewrites the rows they change in one transaction, durable before it returns
+(synchronous=FULL): an intent is on disk before the call that it announces. Several processes may write: a driver's events
+carry its epoch, and those of a driver that was superseded are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from runs import events as e
+    from runs.record import NodeRecord, RunRecord
+
+_MIGRATIONS = (
+    """
+    CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+    CREATE TABLE events (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT, stream TEXT NOT NULL, version INTEGER NOT NULL,
+        kind TEXT NOT NULL, at TEXT NOT NULL, epoch INTEGER NOT NULL, body TEXT NOT NULL);
+    CREATE INDEX events_stream ON events (stream, seq);
+    CREATE TABLE runs (
+        run TEXT PRIMARY KEY, name TEXT NOT NULL, created TEXT NOT NULL, state TEXT NOT NULL, live INTEGER NOT NULL,
+        epoch INTEGER NOT NULL, record TEXT NOT NULL, summary TEXT NOT NULL);
+    CREATE INDEX runs_live ON runs (live, created);
+    CREATE INDEX runs_created ON runs (created);
+    CREATE TABLE nodes (
+        key TEXT PRIMARY KEY, run TEXT NOT NULL, provider TEXT NOT NULL, unsettled INTEGER NOT NULL, record TEXT NOT NULL);
+    CREATE INDEX nodes_run ON nodes (run);
+    CREATE INDEX nodes_unsettled ON nodes (unsettled);
+    """,
+)
+
+
+class StoreError(Exception):
+    """The store cannot be used: `hint` says what to do."""
+
+    exit_code = 1
+    code = "store"
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class StaleEpoch(StoreError):
+    """Another driver has taken this run over: the caller must end without touching anything."""
+
+
+class Store:
+    """One connection to the store. Not shared between threads."""
+
+    def __init__(self, home: Path, *, synchronous: str = "FULL", read_only: bool = False) -> None:
+        self.home = home
+        self.path = home / "llmctl.db"
+        try:
+            if not read_only:
+                home.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(self.path, timeout=30, isolation_level=None)
+            self._db.row_factory = sqlite3.Row
+            self._db.execute(f"PRAGMA synchronous={synchronous}")
+            if self._version() < len(_MIGRATIONS):
+                self._migrate()
+        except (sqlite3.Error, OSError) as error:
+            raise StoreError(
+                f"cannot use the store {self.path}: {error}",
+                "set LLMCTL_HOME to a folder that you can write to, on a disk with space",
+            ) from error
+
+    def _version(self) -> int:
+        return int(self._db.execute("PRAGMA user_version").fetchone()[0])
+
+    def _migrate(self) -> None:
+        self._db.execute("PRAGMA journal_mode=WAL")
+        with self._transaction():
+            for number in range(self._version(), len(_MIGRATIONS)):
+                for statement in _MIGRATIONS[number].split(";"):
+                    if statement.strip():
+                        self._db.execute(statement)
+                self._db.execute(f"PRAGMA user_version={number + 1}")
+            self._db.execute("INSERT OR IGNORE INTO meta VALUES ('owner', ?)", (secrets.token_hex(8),))
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._db.close()
+
+    # ------------------------------------------------------------ meta
+
+    @property
+    def owner(self) -> str:
+        """The random id of this LLMCTL_HOME, which its nodes carry as a tag."""
+        return str(self._db.execute("SELECT value FROM meta WHERE key = 'owner'").fetchone()[0])
+
+    def note(self, key: str) -> Any:
+        """A remembered JSON value (the last inventory, a microbatch choice …), or None."""
+        row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return json.loads(row[0]) if row else None
+
+    def remember(self, key: str, value: Any) -> None:
+        """Remember a JSON value under `key`."""
+        self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value)))
+
+    # ------------------------------------------------------------ writing
+
+    def commit(
+        self, changes: Sequence[tuple[str, e.RunEvent | e.NodeEvent]], *, epoch: int | None = None
+    ) -> None:
+        """Append events (stream, event) and rewrite the rows that they change, in one durable transaction.
+
+        With an `epoch` (a driver's), raises StaleEpoch and writes nothing where the run has a newer driver.
+        """
+        if not changes:
+            return
+        try:
+            with self._transaction():
+                self._commit(changes, epoch)
+        except sqlite3.Error as error:
+            raise StoreError(
+                f"cannot write to {self.path}: {error}", "free some disk space, then `llmctl resume`"
+            ) from error
+
+    def _commit(self, changes: Sequence[tuple[str, e.RunEvent | e.NodeEvent]], epoch: int | None) -> None:
+        from runs import events as e
+
+        touched: dict[str, None] = {}
+        for stream, event in changes:
+            kind, _, name = stream.partition(":")
+            run = name if kind == "run" else self._fold_node(name, event)
+            if run not in touched:
+                self._check_epoch(run, epoch)
+            touched[run] = None
+            self._db.execute(
+                "INSERT INTO events (stream, version, kind, at, epoch, body) VALUES (?, ?, ?, ?, ?, ?)",
+                (stream, e.VERSION, event.kind, event.at.isoformat(), epoch or 0, e.dump(event)),
+            )
+            if kind == "run":
+                self._fold_run(run, event)
+        for run in touched:
+            self._project(run)
+
+    def _check_epoch(self, run: str, epoch: int | None) -> None:
+        if epoch is None:
+            return
+        row = self._db.execute("SELECT epoch FROM runs WHERE run = ?", (run,)).fetchone()
+        if row is not None and row[0] > epoch:
+            raise StaleEpoch(f"another driver has taken {run} over")
+
+    def _fold_run(self, run: str, event: Any) -> None:
+        from runs.fold import fold_run
+
+        record = fold_run(self._bare(run), event)
+        values = (record.name, record.created_at.isoformat(), record.state, record.live, record.epoch)
+        self._db.execute(
+            "INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, '{}') ON CONFLICT (run) DO UPDATE SET name=excluded.name,"
+            " created=excluded.created, state=excluded.state, live=excluded.live, epoch=excluded.epoch, record=excluded.record",
+            (run, *values, record.model_dump_json()),
+        )
+
+    def _fold_node(self, key: str, event: Any) -> str:
+        from runs.fold import fold_node
+
+        node = fold_node(self.node(key), event)
+        self._db.execute(
+            "INSERT OR REPLACE INTO nodes VALUES (?, ?, ?, ?, ?)",
+            (key, node.run, node.provider, not node.settled, node.model_dump_json()),
+        )
+        return node.run
+
+    def _project(self, run: str) -> None:
+        """The row that `status` and `compare` print: the record's summary with its nodes."""
+        from runs.summary import summarise
+
+        record = self.record(run)
+        if record is not None:
+            self._db.execute(
+                "UPDATE runs SET state = ?, summary = ? WHERE run = ?",
+                (record.state, json.dumps(summarise(record), allow_nan=False), run),
+            )
+
+    # ------------------------------------------------------------ reading
+
+    def _bare(self, run: str) -> RunRecord | None:
+        from runs.record import RunRecord
+
+        row = self._db.execute("SELECT record FROM runs WHERE run = ?", (run,)).fetchone()
+        return RunRecord.model_validate_json(row[0]) if row else None
+
+    def record(self, run: str) -> RunRecord | None:
+        """The record of a run with its nodes, or None."""
+        from runs.record import view
+
+        bare = self._bare(run)
+        return view(bare, tuple(self.nodes(run, also=bare))) if bare else None
+
+    def node(self, key: str) -> NodeRecord | None:
+        """One node."""
+        from runs.record import NodeRecord
+
+        row = self._db.execute("SELECT record FROM nodes WHERE key = ?", (key,)).fetchone()
+        return NodeRecord.model_validate_json(row[0]) if row else None
+
+    def nodes(
+        self, run: str | None = None, *, unsettled: bool = False, also: RunRecord | None = None
+    ) -> list[NodeRecord]:
+        """Nodes, oldest first: of one run (and those it took over from another), or of all."""
+        from runs.record import NodeRecord
+
+        keys = [key for attempt in also.attempts for key in attempt.keys] if also else []
+        where, values = ["1"], []
+        if run is not None:
+            where.append(f"(run = ? OR key IN ({','.join('?' * len(keys))}))")
+            values += [run, *keys]
+        if unsettled:
+            where.append("unsettled")
+        rows = self._db.execute(
+            f"SELECT record FROM nodes WHERE {' AND '.join(where)} ORDER BY rowid", values
+        )  # noqa: S608
+        return [NodeRecord.model_validate_json(row[0]) for row in rows]
+
+    def events(self, stream: str) -> list[e.RunEvent | e.NodeEvent]:
+        """All events of a stream, in order."""
+        from runs import events as e
+
+        rows = self._db.execute("SELECT body FROM events WHERE stream = ? ORDER BY seq", (stream,))
+        return [e.load(stream, row[0]) for row in rows]
+
+    def history(self, run: str) -> list[tuple[str, str, dict[str, Any]]]:
+        """(time, stream, body) of all events of a run and its nodes, in the order in which they were committed."""
+        keys = [node.key for node in self.nodes(run)]
+        streams = [f"run:{run}", *(f"node:{key}" for key in keys)]
+        rows = self._db.execute(
+            f"SELECT at, stream, kind, body FROM events WHERE stream IN ({','.join('?' * len(streams))}) ORDER BY seq",  # noqa: S608
+            streams,
+        )
+        return [(row["at"], row["stream"], json.loads(row["body"])) for row in rows]
+
+    def last_seq(self, run: str) -> int:
+        """Grows with every event of the run and its nodes: a follower's cue."""
+        row = self._db.execute(
+            "SELECT max(seq) FROM events WHERE stream = ? OR stream LIKE ?",
+            (f"run:{run}", f"node:llmctl-{run}-%"),
+        ).fetchone()
+        return int(row[0] or 0)
+
+    def summaries(self, *, live: bool | None = None) -> list[dict[str, Any]]:
+        """The projection rows, newest first, as stored: no pydantic, no fold."""
+        where = "" if live is None else f"WHERE live = {int(live)}"
+        rows = self._db.execute(f"SELECT summary FROM runs {where} ORDER BY created DESC")  # noqa: S608
+        return [json.loads(row[0]) for row in rows]
+
+    def summary(self, run: str) -> dict[str, Any] | None:
+        """The projection row of one run."""
+        row = self._db.execute("SELECT summary FROM runs WHERE run = ?", (run,)).fetchone()
+        return json.loads(row[0]) if row else None
+
+    def runs(self, *, live: bool | None = None) -> list[tuple[str, str, str]]:
+        """(run, name, state), newest first."""
+        where = "" if live is None else f"WHERE live = {int(live)}"
+        rows = self._db.execute(
+            f"SELECT run, name, state FROM runs {where} ORDER BY created DESC, rowid DESC"
+        )  # noqa: S608
+        return [(row[0], row[1], row[2]) for row in rows]
+
+    def find(self, word: str | None) -> str | None:
+        """The run that `word` means: an id, a unique prefix of one, or a name (its newest run).
+
+        Without a word: the newest live run, else the newest. None where there is no such run; raises LookupError with the
+        candidates where a prefix is not unique.
+        """
+        everything = self.runs()
+        if word is None:
+            living = self.runs(live=True)
+            return next((run for run, _, _ in living or everything), None)
+        if any(run == word for run, _, _ in everything):
+            return word
+        named = [run for run, name, _ in everything if name == word]
+        if named:
+            return named[0]
+        matches = [run for run, _, _ in everything if run.startswith(word)]
+        if len(matches) > 1:
+            raise LookupError(", ".join(matches[:5]))
+        return matches[0] if matches else None
+
+    def forget(self, run: str) -> None:
+        """Take a run out of the lists (`llmctl rm`). Its nodes' streams, which are its bill, stay."""
+        with self._transaction():
+            self._db.execute("DELETE FROM runs WHERE run = ?", (run,))
+            self._db.execute("DELETE FROM events WHERE stream = ?", (f"run:{run}",))
+
+    def copy(self, to: Path) -> None:
+        """A consistent copy of the store."""
+        target = sqlite3.connect(to)
+        with target:
+            self._db.backup(target)
+        target.close()
+
+
+def default_home() -> Path:
+    """LLMCTL_HOME, or the platform's user data directory."""
+    chosen = os.environ.get("LLMCTL_HOME")
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    import platformdirs
+
+    return Path(platformdirs.user_data_dir("llmctl"))
+
+
+def run_dir(home: Path, run: str) -> Path:
+    """`runs/RUN/`: spec.yaml, train.log, metrics.jsonl, checkpoints/."""
+    return home / "runs" / run
+
+
+def utcnow() -> datetime:
+    """The wall clock, UTC."""
+    from datetime import UTC
+
+    return datetime.now(UTC)
