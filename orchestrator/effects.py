@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import datetime
 from functools import singledispatchmethod
 from typing import Any, Protocol
 
@@ -23,7 +23,7 @@ from provisioning.base import (
     Refused,
 )
 from runs import events as e
-from runs.facts import ENDED, Inventory, Marker, NodeFacts, Offer
+from runs.facts import ENDED, Inventory, Marker, NodeFacts, Offer, lease_minutes
 from runs.record import NodeRecord, RunRecord
 from runs.store import Store
 
@@ -40,7 +40,11 @@ class SiteView:
 
 
 class Site(Protocol):
-    """What happens on nodes. Nothing here blocks: work goes on in the background, and is seen by `observe`."""
+    """What happens on nodes. Nothing here blocks: work goes on in the background, and is seen by `observe`.
+
+    A job that was asked for is in the next view, in whatever state; what was seen of the trainer before `start` or `stop`
+    is not in any view after it. An event is in the view that says that its job is done, or in an earlier one.
+    """
 
     def observe(self, run: RunRecord) -> SiteView:
         """Keep connections to the nodes of the open attempt; report what was heard."""
@@ -73,16 +77,18 @@ class Sight:
     looked_at: datetime | None = None
     absent: dict[str, tuple[datetime, ...]] = field(default_factory=dict)
     confirmed_at: dict[str, datetime] = field(default_factory=dict)
+    stop_asked: tuple[datetime, bool] | None = None
+    lease_tried_at: dict[str, datetime] = field(default_factory=dict)
     complaint: str | None = None
     """Why the last look failed, for people."""
 
-    def see(self, inventory: Inventory, keys: Sequence[str]) -> None:
-        """Take in an inventory: what is there, and which of our keys are not."""
+    def see(self, inventory: Inventory, nodes: Sequence[NodeRecord]) -> None:
+        """Take in an inventory: what is there, and which of our nodes are not."""
         self.previous_at = self.inventory.at if self.inventory else None
         self.inventory, self.complaint = inventory, None
-        for key in keys:
-            shown = inventory.find(key) is not None
-            self.absent[key] = () if shown else (*self.absent.get(key, ())[-8:], inventory.at)
+        for node in nodes:
+            shown = inventory.find(node.key, node.id) is not None
+            self.absent[node.key] = () if shown else (*self.absent.get(node.key, ())[-8:], inventory.at)
 
     def world(self, provider: Provider, view: SiteView) -> w.World:
         """The world as `decide` wants it."""
@@ -98,6 +104,8 @@ class Sight:
             contacts=view.contacts,
             trainer=view.trainer,
             jobs=view.jobs,
+            stop_asked=self.stop_asked,
+            lease_tried_at=dict(self.lease_tried_at),
         )
 
 
@@ -146,14 +154,18 @@ class Hands:
         except ProviderError as error:
             sight.complaint = str(error)
             return
-        sight.see(inventory, [node.key for node in run.nodes])
+        sight.see(inventory, run.nodes)
         changes = [
-            self._observed(node, inventory.find(node.key)) for node in run.nodes if node.answer == "known"
+            self._observed(node, inventory.find(node.key, node.id), sight.previous_at)
+            for node in run.nodes
+            if node.answer == "known"
         ]
         self.commit(*(change for change in changes if change is not None))
 
-    def _observed(self, node: NodeRecord, facts: NodeFacts | None) -> tuple[str, e.NodeEvent] | None:
-        """The event that `facts` add to what is known of a node, if any."""
+    def _observed(
+        self, node: NodeRecord, facts: NodeFacts | None, before: datetime | None
+    ) -> tuple[str, e.NodeEvent] | None:
+        """The event that `facts` add to what is known of a node, if any; `before`: when it was last looked at."""
         if facts is None or node.gone_at is not None:
             return None
         known = (node.status, node.ip, node.port)
@@ -167,7 +179,7 @@ class Hands:
             user=facts.user,
             private_ip=facts.private_ip,
             micro_usd_per_hour=facts.micro_usd_per_hour or None,
-            not_before=max(node.intended_at, self.sight.previous_at) if self.sight.previous_at else None,
+            not_before=max(node.intended_at, before) if before else None,
         )
 
     @perform.register
@@ -180,13 +192,19 @@ class Hands:
         except ProviderError as error:
             self.sight.complaint = str(error)
             return
-        now = self.clock.now()
+        now, stream = self.clock.now(), e.node_stream(node.key)
         if facts is None:
-            self.commit((e.node_stream(node.key), e.NodeGone(at=now, evidence="not found")))
+            # One that was never seen may only be too new to be known: a young "not found" proves nothing.
+            young = (now - node.intended_at).total_seconds() < self.provider.traits.look_seconds
+            if not (young and node.status is None):
+                self.commit((stream, e.NodeGone(at=now, evidence="not found")))
         elif facts.status in ENDED:
-            self.commit((e.node_stream(node.key), e.NodeGone(at=now, evidence=f"reported as {facts.status}")))
+            self.commit((stream, e.NodeGone(at=now, evidence=f"reported as {facts.status}")))
         else:
             self.sight.absent[effect.key] = ()
+            observed = self._observed(node, facts, self.sight.inventory.at if self.sight.inventory else None)
+            if observed is not None:
+                self.commit(observed)
 
     # -------------------------------------------------------- renting
 
@@ -210,7 +228,7 @@ class Hands:
 
     @perform.register
     def _(self, effect: w.Launch, run: RunRecord) -> None:
-        lease = effect.lease_end.replace(second=0, microsecond=0) + timedelta(minutes=1)
+        lease = lease_minutes(effect.lease_end)
         marker = Marker(run=run.run, attempt=effect.attempt, index=effect.index, lease_end=lease)
         stream = e.node_stream(marker.key)
         request = self.request(run, marker, effect.offer)
@@ -246,7 +264,8 @@ class Hands:
         self.commit((e.node_stream(effect.key), e.LaunchFound(at=self.clock.now(), id=effect.node_id)))
         node = self.store.node(effect.key)
         assert node is not None and self.sight.inventory is not None
-        observed = self._observed(node, self.sight.inventory.find(effect.key))
+        found = self.sight.inventory.find(effect.key, effect.node_id)
+        observed = self._observed(node, found, self.sight.previous_at)
         if observed is not None:
             self.commit(observed)
 
@@ -268,6 +287,19 @@ class Hands:
     def _(self, effect: w.Keep, run: RunRecord) -> None:
         self.commit((e.node_stream(effect.key), e.NodeKept(at=self.clock.now(), until=effect.until)))
 
+    @perform.register
+    def _(self, effect: w.ExtendLease, run: RunRecord) -> None:
+        node = run.node(effect.key)
+        assert node is not None and node.id is not None
+        self.sight.lease_tried_at[effect.key] = self.clock.now()
+        marker = node.marker.model_copy(update={"lease_end": lease_minutes(effect.until)})
+        try:
+            self.provider.extend(node.id, marker)
+        except ProviderError as error:
+            self.sight.complaint = str(error)
+            return
+        self.commit((e.node_stream(node.key), e.LeaseExtended(at=self.clock.now(), marker=marker)))
+
     # -------------------------------------------------------- on the node
 
     @perform.register
@@ -285,6 +317,7 @@ class Hands:
 
     @perform.register
     def _(self, effect: w.StopTrainer, run: RunRecord) -> None:
+        self.sight.stop_asked = (self.clock.now(), effect.checkpoint)
         self.site.stop(run, checkpoint=effect.checkpoint)
 
     @perform.register

@@ -5,29 +5,27 @@ intents, nodes that must go, then stop/budget/deadline, then dead nodes, then th
 attempt or the end. Each rule returns an Effect, a Wait, or None where it has nothing to say.
 
 Every rule reads only committed facts and what was just seen, so that a driver that dies anywhere is continued by the next
-one asking the same question.
+one asking the same question. A Wait is honest: unless something is heard, the answer before its end would be the same.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 
-from orchestrator import terms
+from orchestrator import terms, verdict
 from orchestrator import world as w
-from runs import charges
-from runs.facts import ENDED, NodeFacts, Offer
+from runs.facts import ENDED, NodeFacts
 from runs.record import AttemptRecord, NodeRecord, RunRecord
 from trainer.config import parse_duration
 
-MAX_NODES_A_LAUNCH = 3
-"""Nodes that may fail their preflight, or never open, before the launch is given up."""
-MAX_ABANDONED = 3
-"""Lost launches in one wait before it is given up."""
 MAX_JOB_FAILURES = 4
 """Tries of a lane before its node is given up."""
 MAX_STARTS = 8
 """Starts of the supervisor on one attempt (it died, the node rebooted) before its node is given up."""
+LEASE_RETRY = timedelta(minutes=1)
+"""Between tries to tell a provider of a later lease."""
 UNREACHABLE = timedelta(minutes=20)
 """A node that its provider calls active and that does not answer for this long is dead."""
 
@@ -49,11 +47,11 @@ def _answers(run: RunRecord, world: w.World, now: datetime) -> Iterator[w.Effect
     yield _terminations(run, world, now)
     yield _unwanted(run, now)
     if run.live and run.attempt is not None:
-        yield _limits(run, now)
+        yield _limits(run, world, now)
         yield _dead(run, world, now)
         yield _stage(run, run.attempt, world, now)
     elif run.live:
-        yield _between(run, world, now)
+        yield verdict.between(run, world, now)
 
 
 # ---------------------------------------------------------------- nodes, whatever the run is doing
@@ -64,9 +62,9 @@ def _intents(run: RunRecord, world: w.World, now: datetime) -> w.Effect | w.Wait
     for node in run.nodes:
         if not node.unsettled_intent:
             continue
-        found = world.shown(node.key, node.intended_at)
-        if found is not None and found.status not in ENDED:
-            return w.Adopt(node.key, found.id)
+        found = world.shown(node, node.intended_at)
+        if found is not None:
+            return w.Adopt(node.key, found.id)  # one that has ended already too: it may have billed
         if world.absent_enough(node.key, node.intended_at):
             return w.Abandon(node.key)
         return world.look(
@@ -81,7 +79,7 @@ def _strays(run: RunRecord, world: w.World) -> w.Effect | None:
         since = node.gone_at or (node.intended_at if node.answer in {"abandoned", "refused"} else None)
         if since is None:
             continue
-        found = world.shown(node.key, since)
+        found = world.shown(node, since)
         if found is not None and found.status not in ENDED | {"terminating"}:
             return w.Adopt(node.key, found.id)
     return None
@@ -94,7 +92,7 @@ def _terminations(run: RunRecord, world: w.World, now: datetime) -> w.Effect | w
         if node.terminate_intended_at is None or node.settled or node.id is None:
             continue
         tried = node.terminate_tried_at or node.terminate_intended_at
-        found = world.shown(node.key, tried)
+        found = world.shown(node, tried)
         if found is not None and found.status in ENDED:
             return w.DeclareGone(node.key, f"listed as {found.status}")
         again = tried + _backoff(node.terminate_tries, accepted=node.terminate_accepted_at is not None)
@@ -131,18 +129,23 @@ def _unwanted(run: RunRecord, now: datetime) -> w.Effect | w.Wait | None:
 # ---------------------------------------------------------------- stop, budget, deadline
 
 
-def _limits(run: RunRecord, now: datetime) -> w.Effect | None:
-    ending = run.stop is not None or (run.attempt is not None and run.attempt.trainer_end is not None)
-    if ending or not any(node.answer == "known" for node in run.attempt_nodes()):
+def _limits(run: RunRecord, world: w.World, now: datetime) -> w.Effect | w.Wait | None:
+    """Budget and deadline, as they are now: what `extend` raised is carried to the node's lease too."""
+    if not any(node.answer == "known" for node in run.attempt_nodes()):
         return None
-    if run.max_micro_usd is not None:
-        reserve = round(charges.rate(run) * terms.COLLECT_RESERVE_SECONDS / 3600)
-        if charges.total(run, now) + min(reserve, run.max_micro_usd // 10) >= run.max_micro_usd:
-            return w.RequestStop("budget")
+    ending = run.stop is not None or (run.attempt is not None and run.attempt.trainer_end is not None)
+    left = terms.seconds_left(run, now, reserve=not ending)
+    if left is not None and left[0] <= 0 and not ending:
+        return w.RequestStop(left[1])
     end = terms.deadline(run)
-    if end is not None and now >= end - timedelta(seconds=terms.reserve_seconds(run)):
-        return w.RequestStop("deadline")
-    return None
+    for node in run.attempt_nodes():
+        tried = world.lease_tried_at.get(node.key)
+        again = tried is None or now - tried >= LEASE_RETRY
+        if node.alive and end is not None and end > node.marker.lease_end and again:
+            return w.ExtendLease(node.key, end)
+    if left is None or left[0] <= 0 or left[0] == math.inf:
+        return None
+    return w.Wait(max(1.0, left[0]), f"{left[1]} not reached yet")
 
 
 # ---------------------------------------------------------------- dead nodes
@@ -154,7 +157,7 @@ def _dead(run: RunRecord, world: w.World, now: datetime) -> w.Effect | w.Wait | 
         if not node.alive:
             continue
         since = node.ready_at or node.active_at or node.intended_at
-        found = world.shown(node.key, node.intended_at)
+        found = world.shown(node, node.intended_at)
         if found is not None and found.status in ENDED:
             return w.DeclareGone(node.key, f"listed as {found.status}")
         if found is None and world.absent_enough(node.key, since):
@@ -197,7 +200,8 @@ def _stage(run: RunRecord, attempt: AttemptRecord, world: w.World, now: datetime
     if broken is not None:
         return _close(run, nodes, broken, now)
     if attempt.trainer_end is not None:
-        return _collect(run, attempt, nodes, world, now)
+        reason = "succeeded" if attempt.trainer_end == "finished" else f"trainer-{attempt.trainer_end}"
+        return _collect(run, attempt, reason, world, now)
     if attempt.token is None and (run.stop is not None or run.cancelled):
         return _close(run, nodes, "stopped", now)
     if any(node.unsettled_intent for node in nodes):
@@ -206,13 +210,6 @@ def _stage(run: RunRecord, attempt: AttemptRecord, world: w.World, now: datetime
         return w.Launch(attempt.number, len(nodes), attempt.offer, terms.lease_end(run, now))
     if terms.no_time_left(run, now):
         return _close(run, nodes, "out-of-time", now)
-    return _serve(run, attempt, nodes, world, now)
-
-
-def _serve(
-    run: RunRecord, attempt: AttemptRecord, nodes: list[NodeRecord], world: w.World, now: datetime
-) -> w.Effect | w.Wait | None:
-    """All nodes exist: boot, prepare, train."""
     if not all(node.ready_at for node in nodes):
         return world.look(now, world.traits.boot_poll_seconds, "booting")
     for node in nodes:
@@ -223,83 +220,133 @@ def _serve(
 
 
 def _broken(attempt: AttemptRecord, nodes: list[NodeRecord]) -> str | None:
-    """Why the attempt cannot go on, or None. Once trainer_end is known, losing a node only ends the collection."""
+    """Why the attempt cannot go on, or None. Once trainer_end is known, losing a node only ends the collection; what fails
+    beside a trainer that was started is `_failing`, for there may be something to bring home."""
     for node in nodes:
         if node.answer == "refused":
             return "no-capacity" if node.capacity_refused else "refused"
         if node.answer == "abandoned":
             return "launch-lost"
-        if node.terminate_reason is not None and attempt.trainer_end is None:
-            return {"unhealthy": "node-lost", "unreachable": "node-lost"}.get(
-                node.terminate_reason, node.terminate_reason
-            )
-        if node.gone_at is not None and attempt.trainer_end is None:
+        if attempt.trainer_end is not None:
+            continue
+        if node.terminate_reason is not None:
+            return _ILL.get(node.terminate_reason, node.terminate_reason)
+        if node.gone_at is not None:
             return "node-lost"
+    return _failing(attempt) if attempt.token is None else None
+
+
+_ILL = {"unhealthy": "node-lost", "unreachable": "node-lost"}
+
+
+def _failing(attempt: AttemptRecord) -> str | None:
+    """Why nothing more is to be expected of the attempt's jobs, though its nodes live."""
     if attempt.fatal is not None:
         return "failed"
-    worn = [
-        name
+    if attempt.starts > MAX_STARTS:
+        return "trainer-lost"
+    worn = any(
+        count >= MAX_JOB_FAILURES
         for name, (count, _) in attempt.failures.items()
-        if count >= MAX_JOB_FAILURES and "prepare" in name
-    ]
+        if name.rpartition("/")[2] not in {"collect", "stop"}
+    )
     return "prepare-failed" if worn else None
 
 
 def _prepare(
     attempt: AttemptRecord, node: NodeRecord, world: w.World, now: datetime
 ) -> w.Effect | w.Wait | None:
-    """The lanes of one node, until the trainer can start on it."""
-    if f"{node.key}/ready" in attempt.lanes:
-        return None
+    """The lanes of one node: until the trainer can start on it, and beside it until all its data is there."""
+    ready = f"{node.key}/ready" in attempt.lanes
     job = world.jobs.get(f"{node.key}/prepare")
+    if ready and (f"{node.key}/data" in attempt.lanes or (job is not None and job.state == "running")):
+        return None
     if job is None or job.state == "done":
         return w.Prepare(node.key)
     if job.state == "failed":
-        left = _backoff(job.failures).total_seconds() - (now - job.at).total_seconds()
-        return w.Prepare(node.key) if left <= 0 else w.Wait(left, "preparing again soon")
+        left = _left(job.at, job.failures, now)
+        if left <= 0:
+            return w.Prepare(node.key)
+        return None if ready else w.Wait(left, f"preparing again soon: {job.reason}")
     return w.Wait(5.0, "preparing")
 
 
 def _train(run: RunRecord, attempt: AttemptRecord, world: w.World, now: datetime) -> w.Effect | w.Wait | None:
     """Start the trainer, keep it started, and stop it when the run is to end."""
     token = attempt.token or f"{run.run}-a{attempt.number}"
-    trainer = world.trainer
+    trainer, end = world.trainer, terms.deadline(run)
     if attempt.token is None:
-        return w.StartTrainer(token, terms.deadline(run))
-    if trainer is None or trainer.token != token:
-        absent = trainer is not None and trainer.state == "absent"
-        return w.StartTrainer(token, terms.deadline(run)) if absent else w.Wait(5.0, "asking the node")
+        return w.StartTrainer(token, end)
+    if trainer is None or (trainer.token != token and trainer.state != "absent"):
+        return w.Wait(5.0, "asking the node")
+    failing = _failing(attempt)
     if trainer.state in {"absent", "dead"}:
-        return w.StartTrainer(token, terms.deadline(run))
-    if run.stop is not None and trainer.state != "ended":
-        asked = trainer.state == "stopping" and (run.stop.checkpoint or not trainer.graceful)
-        return world.look(now, 60.0, "stopping") if asked else w.StopTrainer(run.stop.checkpoint)
+        if run.stop is not None or failing is not None:
+            return _collect(run, attempt, failing or "stopped", world, now)
+        return _start_again(attempt, token, end, world, now)
+    if trainer.state == "ended":
+        return world.look(now, 60.0, "the trainer has ended")
+    if run.stop is not None or failing is not None:
+        checkpoint = run.stop is None or run.stop.checkpoint
+        asked = trainer.state == "stopping" and (checkpoint or not trainer.graceful)
+        return world.look(now, 60.0, "stopping") if asked else _ask_stop(world, checkpoint, now)
+    if (
+        trainer.deadline is not None
+        and end is not None
+        and abs(trainer.deadline - end) > timedelta(minutes=1)
+    ):
+        return _start_again(attempt, token, end, world, now)
     return world.look(now, 60.0, "training")
 
 
+def _start_again(
+    attempt: AttemptRecord, token: str, end: datetime | None, world: w.World, now: datetime
+) -> w.Effect | w.Wait:
+    """Start what does not run, or arm a new deadline; not faster than a start can take effect."""
+    job = world.jobs.get("start")
+    if job is not None and job.state == "running":
+        return w.Wait(5.0, "starting the trainer")
+    left = _left(attempt.last_start_at, attempt.starts, now)
+    return w.StartTrainer(token, end) if left <= 0 else w.Wait(left, "starting the trainer again soon")
+
+
+def _ask_stop(world: w.World, checkpoint: bool, now: datetime) -> w.Effect | w.Wait:
+    job = world.jobs.get("stop")
+    if job is not None and job.state == "running":
+        return w.Wait(5.0, "asking the trainer to stop")
+    if world.stop_asked is not None and world.stop_asked[1] == checkpoint:
+        left = _left(world.stop_asked[0], 1, now)
+        if left > 0:
+            return w.Wait(left, "asked the trainer to stop")
+    return w.StopTrainer(checkpoint)
+
+
 def _collect(
-    run: RunRecord, attempt: AttemptRecord, nodes: list[NodeRecord], world: w.World, now: datetime
+    run: RunRecord, attempt: AttemptRecord, reason: str, world: w.World, now: datetime
 ) -> w.Effect | w.Wait | None:
     """Bring everything home, then release; time and money decide when that does not work."""
-    finished = attempt.trainer_end == "finished"
-    reason = "succeeded" if finished else f"trainer-{attempt.trainer_end}"
+    finished, nodes = reason == "succeeded", list(run.attempt_nodes())
     steps = terms.wanted(run, attempt)
     here = all(item.path if finished else item.fetched for item in map(run.checkpoints.__getitem__, steps))
     job = world.jobs.get("collect")
+    if (
+        job is not None
+        and job.state != "running"
+        and job.at < (attempt.trainer_ended_at or attempt.started_at)
+    ):
+        job = None  # an earlier attempt's
     if here and job is not None and job.state == "done":
         return _close(run, nodes, reason, now)
     if not nodes[0].alive:
         return _close(run, nodes, reason if here else "node-lost", now)
-    if terms.no_time_left(run, now) or (run.stop is not None and run.stop.reason == "abandon"):
+    if terms.no_time_left(run, now):
         return _close(run, nodes, reason if here else "out-of-time", now)
-    if job is None or job.state == "done":
-        return w.Collect(steps, finished and terms.large(run, steps))
-    if job.state == "failed":
-        left = _backoff(job.failures).total_seconds() - (now - job.at).total_seconds()
-        if left <= 0:
-            return w.Collect(steps, finished and terms.large(run, steps))
-        return w.Wait(left, f"collecting again soon: {job.reason}")
-    return world.look(now, 60.0, "collecting")
+    if job is not None and job.state == "running":
+        return world.look(now, 60.0, "collecting")
+    left = _left(job.at, job.failures, now) if job is not None else 0
+    if left > 0:
+        return w.Wait(left, f"collecting again soon: {job.reason if job else ''}")
+    return w.Collect(steps, finished and terms.large(run, steps))
 
 
 def _close(run: RunRecord, nodes: list[NodeRecord], reason: str, now: datetime) -> w.Effect | None:
@@ -317,108 +364,14 @@ def _close(run: RunRecord, nodes: list[NodeRecord], reason: str, now: datetime) 
     return None
 
 
-# ---------------------------------------------------------------- between attempts
-
-_TRY_ANOTHER = frozenset({"no-capacity", "launch-lost", "preflight", "boot-timeout", "prepare-failed"})
-_REPLACE = frozenset({"node-lost", "trainer-interrupted", "trainer-lost"})
-
-
-def _between(run: RunRecord, world: w.World, now: datetime) -> w.Effect | w.Wait | None:
-    """No attempt is open: the verdict, or the next offer."""
-    if any(not node.settled and not node.kept for node in run.nodes):
-        return None  # its own rule is at work on it, and nothing new is rented meanwhile
-    verdict = _verdict(run, now)
-    if verdict is not None:
-        return verdict
-    if run.on_node is not None and not any(item.keys for item in run.attempts):
-        return _take_over(run)
-    return _next_offer(run, world, now)
-
-
-def _verdict(run: RunRecord, now: datetime) -> w.EndRun | None:
-    """The end of the run, where the last attempt or the user has decided it."""
-    since = [item for item in run.attempts if item.started_at >= run.wait_from]
-    last = since[-1].end_reason if since else None
-    if last == "succeeded":
-        return w.EndRun("succeeded", "finished")
-    if run.stop is not None or last == "out-of-time":
-        return w.EndRun("stopped", run.stop.reason if run.stop else "budget")
-    if run.cancelled:
-        return w.EndRun("stopped", "cancelled")
-    if last in {"trainer-stopped", "trainer-deadline"}:
-        return w.EndRun("stopped", "deadline" if last == "trainer-deadline" else "stopped on the node")
-    if last in {"failed", "trainer-failed", "refused", "host-key"}:
-        return w.EndRun("failed", _failure(run, since[-1]))
-    tries = sum(item.end_reason in {"preflight", "boot-timeout", "prepare-failed"} for item in since)
-    if (
-        tries >= MAX_NODES_A_LAUNCH
-        or sum(item.end_reason == "launch-lost" for item in since) >= MAX_ABANDONED
-    ):
-        return w.EndRun("failed", _failure(run, since[-1]))
-    if last in _REPLACE:
-        node = run.spec["node"]
-        if not node["replace"] or run.replacements > node["max_restarts"]:
-            return w.EndRun("failed" if run.resume_step else "lost", "node-lost")
-    elif last is not None and last not in _TRY_ANOTHER:
-        return w.EndRun("failed", last)
-    end = terms.deadline(run)
-    if end is not None and now >= end - timedelta(seconds=terms.reserve_seconds(run)):
-        return w.EndRun("stopped", "deadline")
-    if run.max_micro_usd is not None and charges.total(run, now) >= run.max_micro_usd > 0:
-        return w.EndRun("stopped", "budget")
-    return None
-
-
-def _failure(run: RunRecord, attempt: AttemptRecord) -> str:
-    """The words behind an attempt's failure, the most telling first."""
-    if attempt.end_reason == "trainer-failed":
-        return attempt.trainer_end_detail or "the trainer failed"
-    if attempt.fatal is not None:
-        return attempt.fatal
-    nodes = [node for node in run.nodes if node.key in attempt.keys]
-    told = [node.refusal or node.preflight_failed for node in nodes]
-    jobs = [reason for _, reason in attempt.failures.values()]
-    detail = next((text for text in (*told, *jobs) if text), "")
-    return f"{attempt.end_reason}: {detail}" if detail else str(attempt.end_reason)
-
-
-def _take_over(run: RunRecord) -> w.Effect | None:
-    """`launch --on NODE`: the kept node is the attempt."""
-    node = run.node(run.on_node) if run.on_node else None
-    if node is None or not node.alive:
-        return w.EndRun("failed", f"{run.on_node} is gone")
-    return w.BeginAttempt(1, node.offer, (node.key,), 0, terms.world_size(run, node.offer.gpus), reused=True)
-
-
-def _next_offer(run: RunRecord, world: w.World, now: datetime) -> w.Effect | w.Wait:
-    """Choose the first offer that is free, wait for one, or give up."""
-    if world.offers_error is not None:
-        return w.EndRun("failed", world.offers_error)
-    poll = world.traits.capacity_poll_seconds
-    waited = (now - run.wait_from).total_seconds()
-    if world.offers_at is None or (now - world.offers_at).total_seconds() >= poll:
-        return w.AskOffers()
-    refused = {(item.instance_type, item.region): item.at for item in run.refusals}
-    for offer in world.offers or ():
-        at = refused.get((offer.instance_type, offer.region))
-        if offer.available and (at is None or (now - at).total_seconds() >= poll):
-            return _begin(run, offer)
-    if waited >= run.wait_seconds:
-        return w.EndRun("failed", "no-capacity")
-    age = (now - world.offers_at).total_seconds()
-    return w.Wait(max(1.0, min(poll - age, run.wait_seconds - waited)), "waiting for capacity")
-
-
-def _begin(run: RunRecord, offer: Offer) -> w.BeginAttempt:
-    number = max((item.number for item in run.attempts), default=0) + 1
-    count = run.spec["hardware"].get("nodes") or 1
-    keys = tuple(f"llmctl-{run.run}-a{number}-n{index}" for index in range(count))
-    return w.BeginAttempt(number, offer, keys, run.resume_step, terms.world_size(run, offer.gpus) * count)
-
-
 def _backoff(tries: int, *, accepted: bool = False) -> timedelta:
     """5, 10, 20, 40 and then 60 s between tries; a minute where the request was accepted and only the end is awaited."""
     return timedelta(seconds=60 if accepted else min(60, 5 * 2 ** max(0, tries - 1)))
+
+
+def _left(since: datetime | None, tries: int, now: datetime) -> float:
+    """Seconds until the next of several tries."""
+    return (since + _backoff(tries) - now).total_seconds() if since is not None else 0.0
 
 
 def _sooner(one: w.Wait | None, other: w.Wait) -> w.Wait:

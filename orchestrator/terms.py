@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from datetime import datetime, timedelta
 
 from runs import charges
@@ -14,8 +15,9 @@ LARGE_BYTES = 256 * 2**20
 
 
 def deadline(run: RunRecord) -> datetime | None:
-    """When the run's time is over: `max_hours` after its first attempt began. None without a limit, or before."""
-    started = next((item.started_at for item in run.attempts if item.keys), None)
+    """When the run's time is over: `max_hours` after the first attempt since its creation or last resume began. None
+    without a limit, or before."""
+    started = next((item.started_at for item in run.recent_attempts if item.keys), None)
     if started is None or run.max_seconds is None:
         return None
     return started + timedelta(seconds=run.max_seconds)
@@ -26,12 +28,28 @@ def reserve_seconds(run: RunRecord) -> float:
     return min(COLLECT_RESERVE_SECONDS, (run.max_seconds or 0) / 10)
 
 
+def seconds_left(run: RunRecord, now: datetime, *, reserve: bool) -> tuple[float, str] | None:
+    """Seconds until the nearer of deadline and budget is reached, and which it is; None without either.
+
+    With `reserve`, until just enough is left for collecting. Infinite where nothing bills yet.
+    """
+    limits: list[tuple[float, str]] = []
+    end = deadline(run)
+    if end is not None:
+        kept = reserve_seconds(run) if reserve else 0.0
+        limits.append(((end - now).total_seconds() - kept, "deadline"))
+    if run.max_micro_usd:
+        speed = charges.rate(run)
+        spared = min(round(speed * COLLECT_RESERVE_SECONDS / 3600), run.max_micro_usd // 10) if reserve else 0
+        left = run.max_micro_usd - spared - charges.total(run, now)
+        limits.append((0.0 if left <= 0 else left * 3600 / speed if speed else math.inf, "budget"))
+    return min(limits, default=None)
+
+
 def no_time_left(run: RunRecord, now: datetime) -> bool:
     """Not even collecting may go on: the budget or the lease is used up."""
-    end = deadline(run)
-    if end is not None and now >= end:
-        return True
-    return run.max_micro_usd is not None and charges.total(run, now) >= run.max_micro_usd > 0
+    left = seconds_left(run, now, reserve=False)
+    return left is not None and left[0] <= 0
 
 
 def wanted(run: RunRecord, attempt: AttemptRecord) -> tuple[int, ...]:
@@ -52,8 +70,9 @@ def large(run: RunRecord, steps: tuple[int, ...]) -> bool:
 
 
 def world_size(run: RunRecord, gpus: int) -> int:
-    """Processes on one node: as the spec says, else one per GPU, else one."""
-    return int(run.spec["train"].get("processes_per_node") or max(1, gpus))
+    """Processes on one node: as the spec says, else one per GPU, on the CPU one."""
+    train = run.spec["train"]
+    return int(train.get("processes_per_node") or (max(1, gpus) if train["device"] == "cuda" else 1))
 
 
 def lease_end(run: RunRecord, now: datetime) -> datetime:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from provisioning.base import Traits
 from runs.facts import Inventory, NodeFacts, Offer
+from runs.record import NodeRecord
 
 # ---------------------------------------------------------------- what is seen
 
@@ -34,6 +35,8 @@ class TrainerView:
     seen_at: datetime
     graceful: bool = True
     """stopping: whether a last checkpoint is being written."""
+    deadline: datetime | None = None
+    """The one that the supervisor has armed, where it says so."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +70,17 @@ class World:
     contacts: Mapping[str, Contact] = field(default_factory=dict)
     trainer: TrainerView | None = None
     jobs: Mapping[str, Job] = field(default_factory=dict)
-    """`KEY/prepare`, `collect`."""
+    """`KEY/prepare`, `start`, `stop`, `collect`."""
+    stop_asked: tuple[datetime, bool] | None = None
+    """When the supervisors were last asked to end, and whether with a checkpoint."""
+    lease_tried_at: Mapping[str, datetime] = field(default_factory=dict)
+    """key → when its provider was last told of a later lease."""
 
-    def shown(self, key: str, since: datetime) -> NodeFacts | None:
-        """What an inventory taken after `since` shows of that intent."""
+    def shown(self, node: NodeRecord, since: datetime) -> NodeFacts | None:
+        """What an inventory taken after `since` shows of that node."""
         if self.inventory is None or self.inventory.at < since:
             return None
-        return self.inventory.find(key)
+        return self.inventory.find(node.key, node.id)
 
     def absent_enough(self, key: str, since: datetime) -> bool:
         """Enough inventories in a row, over enough time since then, did not show it."""
@@ -173,6 +180,14 @@ class Keep:
 
 
 @dataclass(frozen=True)
+class ExtendLease:
+    """Make the provider's note of a node's lease that of the run's limits."""
+
+    key: str
+    until: datetime
+
+
+@dataclass(frozen=True)
 class Prepare:
     """Code, environment, data and preflight on a node, as one background job of parallel lanes."""
 
@@ -225,7 +240,7 @@ class EndRun:
 
 
 Effect = (
-    AskOffers | Look | BeginAttempt | Launch | Adopt | Abandon | DeclareGone | Confirm | Terminate | Keep | Prepare
+    AskOffers | Look | BeginAttempt | Launch | Adopt | Abandon | DeclareGone | Confirm | Terminate | Keep | ExtendLease | Prepare
     | StartTrainer | StopTrainer | Collect | RequestStop | EndAttempt | EndRun
 )  # fmt: skip
 

@@ -80,6 +80,10 @@ class Traits:
     capacity_poll_seconds: float = 60
     lease_on_node: bool = False
     """The node ends itself when its lease ends, without this machine."""
+    host_key: str = "injected"
+    """Where the spec does not say: `injected` (made here and pinned before the node exists) or `accept-new`."""
+    own_login: bool = False
+    """The user's own machine: without an identity_file the user's usual keys may log in."""
 
 
 @dataclass(frozen=True)

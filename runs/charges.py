@@ -7,13 +7,18 @@ provider confirms that it is gone. Until then the figure is an upper bound and s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 
 from runs.events import PHASES, Phase
 from runs.facts import Tariff
-from runs.record import NodeRecord, RunRecord
+from runs.record import AttemptRecord, NodeRecord, RunRecord
+
+DOUBT = timedelta(minutes=1)
+"""How long a node may have been active between two looks that did not see it so, before that is billed."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ def billed(seconds: float, tariff: Tariff) -> float:
     """`seconds` of life as billed: up to the minimum, then up to a whole multiple of the granularity."""
     seconds = max(seconds, tariff.minimum_seconds)
     whole = tariff.granularity_seconds
-    return max(-(-int(seconds * 1000) // (whole * 1000)) * whole, 0) if whole > 1 else seconds
+    return float(math.ceil(round(seconds, 6) / whole) * whole) if whole > 1 else seconds
 
 
 def price(seconds: float, micro_usd_per_hour: int) -> int:
@@ -60,14 +65,16 @@ def price(seconds: float, micro_usd_per_hour: int) -> int:
 
 def node_bill(node: NodeRecord, now: datetime) -> Bill | None:
     """The bill of one node at `now`; None where none has begun (refused, abandoned, still booting)."""
-    start = node.active_not_before or node.active_at
-    if start is None:
-        if node.answer == "known" and node.gone_at is None and node.terminate_intended_at is None:
-            return None
-        if node.gone_at is None or node.terminate_accepted_at is None or node.status == "booting":
-            return None
-        start = node.intended_at
     end, final = _end(node, now)
+    start = node.active_not_before or node.active_at
+    if node.active_at is None:
+        # Never seen active: it billed at most from when it was last known not to be. Under a minute of doubt is none.
+        if node.answer != "known" or not (node.gone_at or node.terminate_intended_at):
+            return None
+        start = start or (node.observed_at if node.status == "booting" else None) or node.intended_at
+        if end - start < DOUBT:
+            return None
+    assert start is not None
     end = max(end, start)
     tariff = node.offer.tariff
     seconds = billed((end - start).total_seconds(), tariff)
@@ -130,11 +137,11 @@ def _node_charges(run: RunRecord, node: NodeRecord, bill: Bill) -> list[Charge]:
 
 def _claims(run: RunRecord, node: NodeRecord, bill: Bill) -> list[tuple[Phase, datetime, datetime]]:
     """What each phase asks of the node's time; overlaps are settled by `partition`."""
-    claims: list[tuple[Phase, datetime, datetime]] = [
-        (phase, datetime.fromtimestamp(start, UTC), datetime.fromtimestamp(end, UTC))  # type: ignore[misc]
-        for phase, start, end in run.intervals
-    ]
-    trained = sorted(start for phase, start, _ in claims)
+    claims: list[tuple[Phase, datetime, datetime]] = []
+    for attempt in run.attempts:
+        if node.key in attempt.keys:  # what the run did on other nodes is nothing that this one was paid for
+            claims += _service(run, attempt, bill)
+    trained = sorted(start for _, start, _ in claims)
     if node.ready_at is None:
         claims.append(("booting", bill.start, node.terminate_intended_at or bill.end))
     else:
@@ -154,6 +161,17 @@ def _claims(run: RunRecord, node: NodeRecord, bill: Bill) -> list[tuple[Phase, d
     return claims
 
 
+def _service(
+    run: RunRecord, attempt: AttemptRecord, bill: Bill
+) -> Iterable[tuple[Phase, datetime, datetime]]:
+    """The measured intervals of an attempt."""
+    begin, finish = attempt.started_at, attempt.ended_at or bill.end
+    for phase, start, end in run.intervals:
+        a, b = max(datetime.fromtimestamp(start, UTC), begin), min(datetime.fromtimestamp(end, UTC), finish)
+        if a < b:
+            yield phase, a, b  # type: ignore[misc]
+
+
 def partition(
     start: datetime, end: datetime, claims: Iterable[tuple[Phase, datetime, datetime]]
 ) -> list[tuple[Phase, datetime, datetime]]:
@@ -167,7 +185,7 @@ def partition(
     events.sort()
     active, position = [0] * len(PHASES), 0
     pieces: list[tuple[Phase, datetime, datetime]] = []
-    for a, b in zip(cuts, cuts[1:], strict=False):
+    for a, b in pairwise(cuts):
         while position < len(events) and events[position][0] <= a:
             active[events[position][2]] += events[position][1]
             position += 1

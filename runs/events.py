@@ -192,6 +192,13 @@ class CheckpointVerified(Event):
     weights_only: bool = False
 
 
+class CheckpointDropped(Event):
+    """Neither here nor on a node any more, as retention says; committed before the copy here is deleted."""
+
+    kind: Literal["CheckpointDropped"] = "CheckpointDropped"
+    step: int
+
+
 class ProgressSeen(Event):
     """What the mirrored metrics say, and the new phase intervals they add (POSIX seconds of this machine's clock)."""
 
@@ -361,7 +368,7 @@ class NodeGone(Event):
 RunEvent = Annotated[
     RunCreated | StopRequested | ResumeRequested | LimitsRaised | WaitCancelled | ReleaseRequested
     | DriverStarted | OfferChosen | AttemptStarted | LaneDone | TrainerStarted | TrainerRestarted | TrainerEnded
-    | CheckpointSeen | CheckpointVerified | ProgressSeen | EvaluationRecorded | JobFailed | AttemptEnded | RunEnded,
+    | CheckpointSeen | CheckpointVerified | CheckpointDropped | ProgressSeen | EvaluationRecorded | JobFailed | AttemptEnded | RunEnded,
     Field(discriminator="kind"),
 ]  # fmt: skip
 NodeEvent = Annotated[

@@ -137,9 +137,11 @@ class Inventory(Fact):
     """When the request was sent: what it does not show may have been launched later."""
     nodes: Sequence[NodeFacts]
 
-    def find(self, key: str) -> NodeFacts | None:
-        """The node of that intent, one that is not ended first."""
-        mine = [node for node in self.nodes if node.key == key]
+    def find(self, key: str, node_id: str | None = None) -> NodeFacts | None:
+        """The node of that intent, by its key or its id (a provider may lose names and tags); one that is not ended first."""
+        mine = [
+            node for node in self.nodes if node.key == key or (node_id is not None and node.id == node_id)
+        ]
         return min(mine, key=lambda node: node.status in ENDED, default=None)
 
 

@@ -17,7 +17,6 @@ from runs.record import (
     StopRecord,
 )
 
-
 T = TypeVar("T", NodeRecord, RunRecord, AttemptRecord)
 
 
@@ -51,8 +50,9 @@ def fold_node(node: NodeRecord | None, event: e.NodeEvent) -> NodeRecord:
 
 
 def _answered(node: NodeRecord, event: e.LaunchAnswered | e.LaunchFound) -> NodeRecord:
-    # A node that was believed gone or abandoned and is there after all bills again until it is really gone.
-    back = {"gone_at": None, "terminate_accepted_at": None, "billing_ended_at": None} if node.gone_at else {}
+    # A node that was believed gone or abandoned and is there after all bills again until it is really gone. When its
+    # termination was accepted stays: where the list was only late, that is still when billing ended.
+    back = {"gone_at": None, "gone_evidence": None, "billing_ended_at": None} if node.gone_at else {}
     return _with(node, answer="known", id=event.id, **back)
 
 
@@ -67,9 +67,11 @@ def _observed(node: NodeRecord, event: e.NodeObserved) -> NodeRecord:
     changes["ip"] = event.ip or node.ip
     changes["private_ip"] = event.private_ip or node.private_ip
     changes["micro_usd_per_hour"] = event.micro_usd_per_hour or node.micro_usd_per_hour
-    if event.status in {"active", "unhealthy"} and node.active_at is None:
-        changes["active_at"] = event.at
-        changes["active_not_before"] = event.not_before or node.intended_at
+    changes["observed_at"] = event.at
+    if event.status not in {"booting", "unknown"} and node.active_at is None:
+        last = node.observed_at if node.status == "booting" else None
+        changes["active_not_before"] = node.active_not_before or event.not_before or last or node.intended_at
+        changes["active_at"] = event.at if event.status in {"active", "unhealthy"} else None
     return _with(node, **changes)
 
 
@@ -98,7 +100,9 @@ def _terminate_intended(node: NodeRecord, event: e.TerminateIntended) -> NodeRec
 def _terminate_answered(node: NodeRecord, event: e.TerminateAnswered) -> NodeRecord:
     if not event.accepted:
         return node
-    return _with(node, terminate_accepted_at=node.terminate_accepted_at or event.at)
+    # Asked again because it went on as if nothing had been said: the earlier acceptance was worth nothing.
+    believed = node.terminate_accepted_at if node.status == "terminating" else None
+    return _with(node, terminate_accepted_at=believed or event.at)
 
 
 def _gone(node: NodeRecord, event: e.NodeGone) -> NodeRecord:
@@ -168,6 +172,8 @@ def _stop(run: RunRecord, event: e.StopRequested) -> RunRecord:
 
 
 def _resume(run: RunRecord, event: e.ResumeRequested) -> RunRecord:
+    if run.outcome in {None, "succeeded"}:  # two resumes at once: the second finds the run alive
+        return _with(run, max_micro_usd=event.max_micro_usd or run.max_micro_usd)
     return _with(
         run,
         outcome=None,
@@ -182,6 +188,7 @@ def _resume(run: RunRecord, event: e.ResumeRequested) -> RunRecord:
         preflight_failures=0,
         replacements=0,
         resumes=run.resumes + 1,
+        attempts_before=len(run.attempts),
         state="waiting",
     )
 
@@ -251,12 +258,15 @@ def _lane(run: RunRecord, event: e.LaneDone) -> RunRecord:
 
 
 def _trainer_started(run: RunRecord, event: e.TrainerStarted) -> RunRecord:
+    attempt = run.attempts[-1]
+    rearmed = attempt.token is not None and event.deadline != attempt.trainer_deadline
     changed = _change_attempt(
         run,
         event.attempt,
         token=event.token,
-        trainer_started_at=run.attempts[-1].trainer_started_at or event.at,
-        starts=run.attempts[-1].starts + 1,
+        trainer_started_at=attempt.trainer_started_at or event.at,
+        last_start_at=event.at,
+        starts=attempt.starts + (not rearmed),
         trainer_deadline=event.deadline,
     )
     return _with(changed, state="training" if run.state == "training" else "preparing")
@@ -276,10 +286,15 @@ def _trainer_ended(run: RunRecord, event: e.TrainerEnded) -> RunRecord:
 def _seen(run: RunRecord, event: e.CheckpointSeen) -> RunRecord:
     old = run.checkpoints.get(event.step)
     same = old is not None and old.sha256 == event.sha256
+    if old is not None and old.fetched and not same:
+        # Made again, with other bytes: the whole one that is here is as good, and is not let go.
+        again = old.model_copy(update={"announced": event.sha256})
+        return _with(run, checkpoints={**run.checkpoints, event.step: again})
     item = CheckpointRecord(
         step=event.step,
         sha256=event.sha256,
         bytes=event.bytes,
+        announced=event.sha256,
         validation_loss=event.validation_loss,
         seen_at=event.at,
         attempt=run.attempts[-1].number if run.attempts else 0,
@@ -291,12 +306,13 @@ def _seen(run: RunRecord, event: e.CheckpointSeen) -> RunRecord:
 
 def _verified(run: RunRecord, event: e.CheckpointVerified) -> RunRecord:
     old = run.checkpoints.get(event.step)
-    if old is not None and old.fetched and old.sha256 == event.sha256:
+    if old is not None and old.fetched and (event.weights_only or old.sha256 == event.sha256):
         return run
     item = CheckpointRecord(
         step=event.step,
         sha256=event.sha256,
         bytes=event.bytes,
+        announced=old.announced if old else event.sha256,
         validation_loss=old.validation_loss if old else None,
         seen_at=old.seen_at if old else event.at,
         attempt=old.attempt if old else 0,
@@ -304,6 +320,14 @@ def _verified(run: RunRecord, event: e.CheckpointVerified) -> RunRecord:
         weights_only=event.weights_only,
     )
     return _with(run, checkpoints={**run.checkpoints, event.step: item})
+
+
+def _dropped(run: RunRecord, event: e.CheckpointDropped) -> RunRecord:
+    old = run.checkpoints.get(event.step)
+    if old is None:
+        return run
+    gone = old.model_copy(update={"dropped": True, "path": None, "weights_only": False})
+    return _with(run, checkpoints={**run.checkpoints, event.step: gone})
 
 
 def _progress(run: RunRecord, event: e.ProgressSeen) -> RunRecord:
@@ -389,6 +413,7 @@ _RUN: dict[type, Callable[[RunRecord, Any], RunRecord]] = {
     e.TrainerEnded: _trainer_ended,
     e.CheckpointSeen: _seen,
     e.CheckpointVerified: _verified,
+    e.CheckpointDropped: _dropped,
     e.ProgressSeen: _progress,
     e.EvaluationRecorded: _evaluated,
     e.JobFailed: _job_failed,

@@ -7,6 +7,8 @@ import fcntl
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -95,6 +97,16 @@ class Lock:
             else:
                 self._fd = fd
                 return True
+
+    @contextmanager
+    def hold(self, patience: float = 24 * 3600.0) -> Iterator[None]:
+        """Hold it for the block, after waiting for whoever has it. Raises TimeoutError."""
+        if not self.acquire(patience):
+            raise TimeoutError(f"another process keeps {self.path}")
+        try:
+            yield
+        finally:
+            self.release()
 
     def release(self) -> None:
         """Give it back."""

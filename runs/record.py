@@ -39,6 +39,8 @@ class NodeRecord(Fact):
     active_at: datetime | None = None
     """First seen active; `active_not_before` is the last moment at which it was known not to be."""
     active_not_before: datetime | None = None
+    observed_at: datetime | None = None
+    """When `status` was noted: it changed between then and the look before."""
     ready_at: datetime | None = None
     host_key: str = ""
     boot_id: str = ""
@@ -105,6 +107,7 @@ class AttemptRecord(Fact):
     token: str | None = None
     trainer_started_at: datetime | None = None
     trainer_deadline: datetime | None = None
+    last_start_at: datetime | None = None
     starts: int = 0
     """How often the supervisor was started, reboots included."""
     restarts: int = 0
@@ -127,6 +130,10 @@ class CheckpointRecord(Fact):
     seen_at: datetime
     attempt: int = 0
     """The attempt on whose node it was last announced."""
+    dropped: bool = False
+    """Let go of by retention, here and on the node."""
+    announced: str = ""
+    """The sha256 of the last announcement: another one than `sha256` where it was made again after that one was here."""
     path: str | None = None
     """Where it is on this side, once verified."""
     weights_only: bool = False
@@ -189,6 +196,8 @@ class RunRecord(Fact):
     replacements: int = 0
     """Attempts lost in a row without a newer checkpoint."""
     resumes: int = 0
+    attempts_before: int = 0
+    """How many attempts there were at the last resume."""
     outcome: Outcome | None = None
     reason: str | None = None
     ended_at: datetime | None = None
@@ -199,6 +208,11 @@ class RunRecord(Fact):
     def attempt(self) -> AttemptRecord | None:
         """The attempt that is open, or None between attempts."""
         return self.attempts[-1] if self.attempts and self.attempts[-1].ended_at is None else None
+
+    @property
+    def recent_attempts(self) -> tuple[AttemptRecord, ...]:
+        """The attempts since the run was created or last resumed."""
+        return self.attempts[self.attempts_before :]
 
     @property
     def live(self) -> bool:
@@ -218,7 +232,11 @@ class RunRecord(Fact):
     def available(self) -> list[CheckpointRecord]:
         """Checkpoints that are here, or on a node of the open attempt; by step."""
         number = self.attempt.number if self.attempt else None
-        return [item for _, item in sorted(self.checkpoints.items()) if item.path or item.attempt == number]
+        return [
+            item
+            for _, item in sorted(self.checkpoints.items())
+            if item.path or (item.attempt == number and not item.dropped)
+        ]
 
     @property
     def latest(self) -> CheckpointRecord | None:

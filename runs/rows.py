@@ -30,7 +30,7 @@ def cost_now(row: dict[str, Any], now: float | None = None) -> int:
         if node["billing_from"] is None:
             micro += node["micro_usd"]
             continue
-        seconds = max(0.0, now - node["billing_from"])
+        seconds = max(0.0, now - node["billing_from"], node["minimum_seconds"])
         grain = node["granularity_seconds"]
         if grain > 1:
             seconds = -(-seconds // grain) * grain

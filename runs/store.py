@@ -62,6 +62,9 @@ class Store:
     def __init__(self, home: Path, *, synchronous: str = "FULL", read_only: bool = False) -> None:
         self.home = home
         self.path = home / "llmctl.db"
+        self._runs: dict[str, RunRecord] = {}
+        self._nodes: dict[str, NodeRecord] = {}
+        self._seen_version = -1
         try:
             if not read_only:
                 home.mkdir(parents=True, exist_ok=True)
@@ -90,14 +93,19 @@ class Store:
             self._db.execute("INSERT OR IGNORE INTO meta VALUES ('owner', ?)", (secrets.token_hex(8),))
 
     @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
+    def _transaction(self, kind: str = "IMMEDIATE") -> Iterator[None]:
+        self._db.execute(f"BEGIN {kind}")
         try:
+            # Records read before are kept, parsed, until another connection has written.
+            version = self._db.execute("PRAGMA data_version").fetchone()[0]
+            if version != self._seen_version:
+                self._runs, self._nodes, self._seen_version = {}, {}, version
             yield
+            self._db.execute("COMMIT")
         except BaseException:
-            self._db.execute("ROLLBACK")
+            if self._db.in_transaction:  # SQLite ends it by itself on a full disk
+                self._db.execute("ROLLBACK")
             raise
-        self._db.execute("COMMIT")
 
     def close(self) -> None:
         """Close the connection."""
@@ -130,111 +138,153 @@ class Store:
         """
         if not changes:
             return
+        runs: dict[str, RunRecord] = {}
+        nodes: dict[str, NodeRecord] = {}
         try:
             with self._transaction():
-                self._commit(changes, epoch)
+                self._append(changes, epoch, runs, nodes)
+                self._write_rows(changes[-1][1].at, runs, nodes)
         except sqlite3.Error as error:
             raise StoreError(
                 f"cannot write to {self.path}: {error}", "free some disk space, then `llmctl resume`"
             ) from error
+        self._runs |= runs
+        self._nodes |= nodes
 
-    def _commit(self, changes: Sequence[tuple[str, e.RunEvent | e.NodeEvent]], epoch: int | None) -> None:
+    def _append(
+        self,
+        changes: Sequence[tuple[str, e.RunEvent | e.NodeEvent]],
+        epoch: int | None,
+        runs: dict[str, RunRecord],
+        nodes: dict[str, NodeRecord],
+    ) -> None:
+        """Insert the events; leave the records that they make in `runs` and `nodes`."""
         from runs import events as e
+        from runs.fold import fold_node, fold_run
 
-        touched: dict[str, None] = {}
         for stream, event in changes:
             kind, _, name = stream.partition(":")
-            run = name if kind == "run" else self._fold_node(name, event)
-            if run not in touched:
-                self._check_epoch(run, epoch)
-            touched[run] = None
+            if kind == "node":
+                node = fold_node(nodes.get(name) or self._node(name), event)  # type: ignore[arg-type]
+                nodes[name], run = node, node.run
+            else:
+                run = name
+            before = runs.get(run) or self._bare(run)
+            if epoch is not None and before is not None:
+                newest = before.epoch + isinstance(event, e.DriverStarted)
+                if newest > epoch:
+                    raise StaleEpoch(f"another driver has taken {run} over")
+            if kind == "run":
+                runs[run] = fold_run(before, event)  # type: ignore[arg-type]
+            elif before is not None:
+                runs[run] = before
             self._db.execute(
                 "INSERT INTO events (stream, version, kind, at, epoch, body) VALUES (?, ?, ?, ?, ?, ?)",
                 (stream, e.VERSION, event.kind, event.at.isoformat(), epoch or 0, e.dump(event)),
             )
-            if kind == "run":
-                self._fold_run(run, event)
-        for run in touched:
-            self._project(run)
 
-    def _check_epoch(self, run: str, epoch: int | None) -> None:
-        if epoch is None:
-            return
-        row = self._db.execute("SELECT epoch FROM runs WHERE run = ?", (run,)).fetchone()
-        if row is not None and row[0] > epoch:
-            raise StaleEpoch(f"another driver has taken {run} over")
-
-    def _fold_run(self, run: str, event: Any) -> None:
-        from runs.fold import fold_run
-
-        record = fold_run(self._bare(run), event)
-        values = (record.name, record.created_at.isoformat(), record.state, record.live, record.epoch)
-        self._db.execute(
-            "INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, '{}') ON CONFLICT (run) DO UPDATE SET name=excluded.name,"
-            " created=excluded.created, state=excluded.state, live=excluded.live, epoch=excluded.epoch, record=excluded.record",
-            (run, *values, record.model_dump_json()),
-        )
-
-    def _fold_node(self, key: str, event: Any) -> str:
-        from runs.fold import fold_node
-
-        node = fold_node(self.node(key), event)
-        self._db.execute(
-            "INSERT OR REPLACE INTO nodes VALUES (?, ?, ?, ?, ?)",
-            (key, node.run, node.provider, not node.settled, node.model_dump_json()),
-        )
-        return node.run
-
-    def _project(self, run: str) -> None:
-        """The row that `status` and `compare` print: the record's summary with its nodes."""
+    def _write_rows(self, at: datetime, runs: dict[str, RunRecord], nodes: dict[str, NodeRecord]) -> None:
+        from runs.record import view
         from runs.summary import summarise
 
-        record = self.record(run)
-        if record is not None:
+        for key, node in nodes.items():
             self._db.execute(
-                "UPDATE runs SET state = ?, summary = ? WHERE run = ?",
-                (record.state, json.dumps(summarise(record), allow_nan=False), run),
+                "INSERT INTO nodes VALUES (?, ?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET run=excluded.run,"
+                " unsettled=excluded.unsettled, record=excluded.record",
+                (key, node.run, node.provider, not node.settled, node.model_dump_json()),
             )
+        for run, bare in runs.items():
+            mine = [nodes.get(node.key, node) for node in self._select(run, bare)]
+            record = view(bare, tuple(mine))
+            values = (bare.name, bare.created_at.isoformat(), record.state, bare.live, bare.epoch)
+            summary = json.dumps(summarise(record, at), allow_nan=False)
+            self._db.execute(
+                "INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (run) DO UPDATE SET name=excluded.name,"
+                " state=excluded.state, live=excluded.live, epoch=excluded.epoch, record=excluded.record,"
+                " summary=excluded.summary",
+                (run, *values, bare.model_dump_json(), summary),
+            )
+
+    def rebuild(self) -> None:
+        """Make all rows anew from the events, which are the truth."""
+        from runs import events as e
+        from runs.fold import fold_node, fold_run
+
+        runs: dict[str, RunRecord] = {}
+        nodes: dict[str, NodeRecord] = {}
+        with self._transaction():
+            self._runs, self._nodes = {}, {}
+            last: dict[str, datetime] = {}
+            for stream, body in self._db.execute("SELECT stream, body FROM events ORDER BY seq").fetchall():
+                kind, _, name = stream.partition(":")
+                event = e.load(stream, body)
+                if kind == "run":
+                    runs[name] = fold_run(runs.get(name), event)  # type: ignore[arg-type]
+                else:
+                    nodes[name] = fold_node(nodes.get(name), event)  # type: ignore[arg-type]
+                    name = nodes[name].run
+                last[name] = event.at
+            self._db.execute("DELETE FROM nodes")
+            self._db.execute("DELETE FROM runs")
+            if runs or nodes:
+                self._write_rows(max(last.values()), {}, nodes)
+            for run, bare in runs.items():
+                self._write_rows(last[run], {run: bare}, {})
 
     # ------------------------------------------------------------ reading
 
     def _bare(self, run: str) -> RunRecord | None:
         from runs.record import RunRecord
 
-        row = self._db.execute("SELECT record FROM runs WHERE run = ?", (run,)).fetchone()
-        return RunRecord.model_validate_json(row[0]) if row else None
+        if run not in self._runs:
+            row = self._db.execute("SELECT record FROM runs WHERE run = ?", (run,)).fetchone()
+            if row is None:
+                return None
+            self._runs[run] = RunRecord.model_validate_json(row[0])
+        return self._runs[run]
+
+    def _node(self, key: str) -> NodeRecord | None:
+        return next(iter(self._parsed("key = ?", [key])), None)
+
+    def _parsed(self, where: str, values: Sequence[object]) -> list[NodeRecord]:
+        """Node records, oldest intent first."""
+        from runs.record import NodeRecord
+
+        query = f"SELECT key, record FROM nodes WHERE {where} ORDER BY rowid"
+        result = []
+        for key, record in self._db.execute(query, values):
+            if key not in self._nodes:
+                self._nodes[key] = NodeRecord.model_validate_json(record)
+            result.append(self._nodes[key])
+        return result
+
+    def _select(self, run: str, bare: RunRecord) -> list[NodeRecord]:
+        """The nodes that a run intended, and those that it took over from another."""
+        keys = [key for attempt in bare.attempts for key in attempt.keys]
+        return self._parsed(f"run = ? OR key IN ({','.join('?' * len(keys))})", [run, *keys])
 
     def record(self, run: str) -> RunRecord | None:
-        """The record of a run with its nodes, or None."""
+        """The record of a run with its nodes, as one commit left them, or None."""
         from runs.record import view
 
-        bare = self._bare(run)
-        return view(bare, tuple(self.nodes(run, also=bare))) if bare else None
+        with self._transaction("DEFERRED"):
+            bare = self._bare(run)
+            return view(bare, tuple(self._select(run, bare))) if bare else None
 
     def node(self, key: str) -> NodeRecord | None:
         """One node."""
-        from runs.record import NodeRecord
+        with self._transaction("DEFERRED"):
+            return self._node(key)
 
-        row = self._db.execute("SELECT record FROM nodes WHERE key = ?", (key,)).fetchone()
-        return NodeRecord.model_validate_json(row[0]) if row else None
-
-    def nodes(
-        self, run: str | None = None, *, unsettled: bool = False, also: RunRecord | None = None
-    ) -> list[NodeRecord]:
-        """Nodes, oldest first: of one run (and those it took over from another), or of all."""
-        from runs.record import NodeRecord
-
-        keys = [key for attempt in also.attempts for key in attempt.keys] if also else []
+    def nodes(self, run: str | None = None, *, unsettled: bool = False) -> list[NodeRecord]:
+        """Nodes, oldest first: those that one run intended, or all."""
         where, values = ["1"], []
         if run is not None:
-            where.append(f"(run = ? OR key IN ({','.join('?' * len(keys))}))")
-            values += [run, *keys]
+            where, values = ["run = ?"], [run]
         if unsettled:
             where.append("unsettled")
-        rows = self._db.execute(
-            f"SELECT record FROM nodes WHERE {' AND '.join(where)} ORDER BY rowid", values
-        )  # noqa: S608
-        return [NodeRecord.model_validate_json(row[0]) for row in rows]
+        with self._transaction("DEFERRED"):
+            return self._parsed(" AND ".join(where), values)
 
     def events(self, stream: str) -> list[e.RunEvent | e.NodeEvent]:
         """All events of a stream, in order."""
@@ -248,23 +298,38 @@ class Store:
         keys = [node.key for node in self.nodes(run)]
         streams = [f"run:{run}", *(f"node:{key}" for key in keys)]
         rows = self._db.execute(
-            f"SELECT at, stream, kind, body FROM events WHERE stream IN ({','.join('?' * len(streams))}) ORDER BY seq",  # noqa: S608
+            f"SELECT at, stream, kind, body FROM events WHERE stream IN ({','.join('?' * len(streams))}) ORDER BY seq",
             streams,
         )
         return [(row["at"], row["stream"], json.loads(row["body"])) for row in rows]
+
+    def since(self, run: str, seq: int) -> list[tuple[int, str, dict[str, Any]]]:
+        """(seq, stream, body) of the events of a run and its nodes after `seq`: what a follower has not seen yet."""
+        rows = self._db.execute(
+            "SELECT seq, stream, body FROM events WHERE seq > ? AND (stream = ? OR stream LIKE ?) ORDER BY seq",
+            (seq, f"run:{run}", f"node:llmctl-{run}-a%"),
+        )
+        return [(row[0], row[1], json.loads(row[2])) for row in rows]
 
     def last_seq(self, run: str) -> int:
         """Grows with every event of the run and its nodes: a follower's cue."""
         row = self._db.execute(
             "SELECT max(seq) FROM events WHERE stream = ? OR stream LIKE ?",
-            (f"run:{run}", f"node:llmctl-{run}-%"),
+            (f"run:{run}", f"node:llmctl-{run}-a%"),
         ).fetchone()
         return int(row[0] or 0)
 
     def summaries(self, *, live: bool | None = None) -> list[dict[str, Any]]:
         """The projection rows, newest first, as stored: no pydantic, no fold."""
         where = "" if live is None else f"WHERE live = {int(live)}"
-        rows = self._db.execute(f"SELECT summary FROM runs {where} ORDER BY created DESC")  # noqa: S608
+        rows = self._db.execute(f"SELECT summary FROM runs {where} ORDER BY created DESC")
+        return [json.loads(row[0]) for row in rows]
+
+    def concerning(self) -> list[dict[str, Any]]:
+        """The projection rows of runs that are live, or have a node that is not settled; newest first."""
+        rows = self._db.execute(
+            "SELECT summary FROM runs WHERE live = 1 OR run IN (SELECT run FROM nodes WHERE unsettled) ORDER BY created DESC"
+        )
         return [json.loads(row[0]) for row in rows]
 
     def summary(self, run: str) -> dict[str, Any] | None:
@@ -277,7 +342,7 @@ class Store:
         where = "" if live is None else f"WHERE live = {int(live)}"
         rows = self._db.execute(
             f"SELECT run, name, state FROM runs {where} ORDER BY created DESC, rowid DESC"
-        )  # noqa: S608
+        )
         return [(row[0], row[1], row[2]) for row in rows]
 
     def find(self, word: str | None) -> str | None:

@@ -16,9 +16,9 @@ from runs.record import NodeRecord, RunRecord
 from runs.rows import usd
 
 
-def summarise(run: RunRecord) -> dict[str, Any]:
-    """Plain JSON values of a run: identity, state, hardware, progress, money."""
-    now = run.ended_at or datetime.now(UTC)
+def summarise(run: RunRecord, now: datetime | None = None) -> dict[str, Any]:
+    """Plain JSON values of a run at `now` (the store: when its newest event was): identity, state, hardware, progress, money."""
+    now = now or run.ended_at or datetime.now(UTC)
     totals = charges.totals(run, now)
     spec, summary = run.spec, run.summary
     attempt = next((item for item in reversed(run.attempts) if item.keys), None)
@@ -99,11 +99,14 @@ def _node(node: NodeRecord, now: datetime) -> dict[str, Any]:
         "usd_per_hour": usd(rate),
         "unsettled": not node.settled,
         "kept": node.kept,
+        "kept_until": _iso(node.kept_until),
         "billing_from": bill.start.timestamp() if bill and not bill.final else None,
         "granularity_seconds": node.offer.tariff.granularity_seconds,
+        "minimum_seconds": node.offer.tariff.minimum_seconds,
         "micro_usd": bill.micro_usd if bill else 0,
         "lease_end": node.marker.lease_end.isoformat(),
         "terminate_unconfirmed": node.terminate_tries > 0 and not node.settled,
+        "terminate_tries": node.terminate_tries,
     }
 
 

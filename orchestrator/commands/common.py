@@ -1,0 +1,152 @@
+"""What the commands share: their common options, the store, completion from it, and the two ways of answering."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from orchestrator.errors import NoSuchRun, Usage
+from runs.store import Store, default_home
+
+if TYPE_CHECKING:
+    from runs.record import RunRecord
+
+
+class Form(StrEnum):
+    """What `-o` takes."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+def complete_run(incomplete: str) -> list[tuple[str, str]]:
+    """Runs of the local store that begin so, newest first, with their state."""
+    home = default_home()
+    if not (home / "llmctl.db").exists():
+        return []
+    store = Store(home)
+    try:
+        found = store.runs()
+    finally:
+        store.close()
+    return [(run, state) for run, _, state in found if run.startswith(incomplete)][:100]
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """The shipped recipes that begin so."""
+    from runs import recipes
+
+    return [name for name in recipes.names() if name.startswith(incomplete)]
+
+
+OUTPUT = "Output"
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, and nothing else.", rich_help_panel=OUTPUT)]
+Output = Annotated[
+    Form, typer.Option("-o", "--output", help="text, or json: the same as --json.", rich_help_panel=OUTPUT, show_default=False)
+]
+Run = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN", help="An id, a unique prefix of one, or a name (its newest run).", autocompletion=complete_run,
+        show_default=False,
+    ),
+]
+AnyRun = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[RUN]", help="An id, a prefix of one, or a name. Without it: the newest live run, else the newest.",
+        autocompletion=complete_run, show_default=False,
+    ),
+]
+Runs = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[RUN]...", help="Ids, prefixes or names; none: all.", autocompletion=complete_run,
+                   show_default=False),
+]  # fmt: skip
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the spec, as --set train.learning_rate=1e-3."),
+]
+MaxUsd = Annotated[float | None, typer.Option("--max-usd", min=0.0, metavar="N", help="Dollars over all attempts.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+
+
+def examples(*lines: str) -> str:
+    """The epilogue of a command's help."""
+    return "Examples: " + " · ".join(f"`{line}`" for line in lines)
+
+
+def machine(as_json: bool, output: Form) -> bool:
+    """Whether the result goes out as JSON."""
+    return as_json or output is Form.JSON
+
+
+def answer(document: Any, *, as_json: bool, human: Callable[[], None]) -> None:
+    """The result on stdout: as JSON, or as `human` prints it."""
+    if as_json:
+        print_json(document)
+    else:
+        human()
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on stdout."""
+    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+def tell(text: str) -> None:
+    """A line of chatter, on stderr."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def interactive() -> bool:
+    """Someone is there to answer a question."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def confirm(question: str, *, yes: bool) -> bool:
+    """Ask on stderr. Raises Usage where nobody is there to ask."""
+    if yes:
+        return True
+    if not interactive():
+        raise Usage(f"{question} There is no terminal to ask", "add -y to go ahead without being asked")
+    return typer.confirm(question, err=True)
+
+
+def open_store(home: Path | None = None) -> Store:
+    """The store of this LLMCTL_HOME."""
+    return Store(home or default_home())
+
+
+def find_run(store: Store, word: str | None) -> str:
+    """The run that `word` means. Raises NoSuchRun, or Usage where a prefix is not unique."""
+    try:
+        run = store.find(word)
+    except LookupError as error:
+        raise Usage(f"{word!r} is the beginning of several runs: {error}", "write more of the one you mean") from None
+    if run is None:
+        what = f"no run is called {word!r}" if word else "there are no runs yet"
+        raise NoSuchRun(what, "`llmctl status` lists the runs" if word else "`llmctl launch SPEC` starts one", run=word)
+    return run
+
+
+def find_record(store: Store, word: str | None) -> RunRecord:
+    """The record of the run that `word` means."""
+    run = find_run(store, word)
+    record = store.record(run)
+    if record is None:
+        raise NoSuchRun(f"{run} was removed just now", "`llmctl status` lists the runs", run=run)
+    return record
+
+
+def find_all(store: Store, words: Sequence[str] | None) -> list[str] | None:
+    """The runs that `words` mean, each once; None for all."""
+    return list(dict.fromkeys(find_run(store, word) for word in words)) if words else None

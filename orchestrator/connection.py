@@ -1,0 +1,317 @@
+"""One SSH connection to a node, opened by Fabric and hardened where Fabric as shipped is not.
+
+    RemoteError              what happened, why, what to do now: exit_code, code, hint
+    ├── NodeUnreachable      6: no connection: refused, silent, no such name, not SSH
+    │   ├── LoginRefused     6: it answers and does not admit this key (a node that boots does so for a while)
+    │   └── ConnectionLost   6: the link broke under a command; whether the command ran is unknown
+    ├── HostKeyMismatch      6: something else answers at the node's address, or nothing was pinned
+    ├── CommandFailed        1: the command ran and failed: `result`
+    │   └── NoSuchFile       1: the file to be read is not there
+    └── CommandTimeout       1: the command took too long and was ended, with its process group: `result` so far
+
+What Fabric 3.2 does not do and this does: pinned host keys, no keys or agent but the one named, a connect time-out that
+covers the whole handshake, TCP_NODELAY, AES-GCM, and three ways to notice a dead link: TCP keep-alive and
+TCP_USER_TIMEOUT where the system has them, and an SSH request each PROBE_SECONDS that the other side must answer.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from provisioning import keys
+from runs.facts import NodeFacts
+
+if TYPE_CHECKING:
+    import paramiko
+
+PROBE_SECONDS = 10.0
+SILENCE_SECONDS = 35.0
+"""A link that did not answer for so long is dead."""
+_GCM = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a node answers, who logs in, and what proves that it is the node."""
+
+    host: str
+    port: int
+    user: str
+    identity_file: Path
+    known_hosts: Path
+    """The node's own file: whatever key it holds is the node's, at any address."""
+    key: str
+    """The node's name in that file and in messages."""
+    accept_new: bool = False
+    """Pin what the first connection shows if nothing is pinned yet."""
+
+    def __str__(self) -> str:
+        return f"{self.user}@{self.host}:{self.port}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command left behind. Output beyond the limit of `run` was dropped: `truncated`."""
+
+    stdout: bytes
+    stderr: bytes
+    exit_code: int
+    """128: ended by a signal (paramiko does not tell which)."""
+    truncated: bool = False
+
+    @property
+    def text(self) -> str:
+        """stdout as text, without the last line break."""
+        return self.stdout.decode(errors="replace").rstrip("\n")
+
+
+class RemoteError(Exception):
+    """Base; see the module's tree."""
+
+    exit_code = 6
+    code = "remote"
+    default_hint = ""
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint or self.default_hint
+
+
+class NodeUnreachable(RemoteError):
+    """No connection could be had."""
+
+    code = "node_unreachable"
+    default_hint = (
+        "is the node up, and does this network reach it? `llmctl status --refresh` asks the provider"
+    )
+
+
+class LoginRefused(NodeUnreachable):
+    """The node does not admit the key."""
+
+    code = "login_refused"
+    default_hint = "the public half of the key must be in the node's ~/.ssh/authorized_keys"
+
+
+class ConnectionLost(NodeUnreachable):
+    """The link broke. Nothing is repeated by itself: the caller knows what may be."""
+
+    code = "connection_lost"
+    default_hint = "the job on the node goes on; the next command connects again"
+
+
+class HostKeyMismatch(RemoteError):
+    """The host key is not the pinned one."""
+
+    code = "host_key_mismatch"
+    default_hint = (
+        "do not go on: this may be another machine. If it was reinstalled, remove the pinned file named above"
+    )
+
+
+class CommandFailed(RemoteError):
+    """A command ended with another status than 0."""
+
+    exit_code = 1
+    code = "command_failed"
+
+    def __init__(self, command: str, result: Result) -> None:
+        said = (result.stderr or result.stdout).decode(errors="replace").strip()[-500:]
+        super().__init__(f"`{command}` ended with {result.exit_code}" + (f": {said}" if said else ""))
+        self.result = result
+
+
+class NoSuchFile(CommandFailed):
+    """A file on the node is missing."""
+
+    code = "no_such_file"
+
+
+class CommandTimeout(RemoteError):
+    """A command was ended because it took too long."""
+
+    exit_code = 1
+    code = "command_timeout"
+
+    def __init__(self, command: str, seconds: float, result: Result) -> None:
+        super().__init__(f"`{command}` did not end within {seconds:g} s; its processes were ended")
+        self.result = result
+
+
+def address_of(
+    home: Path, node: NodeFacts, *, identity_file: Path | None = None, accept_new: bool = False
+) -> Address:
+    """How to reach `node` from the LLMCTL_HOME `home`; without `identity_file` with this home's own key."""
+    if node.ip is None:
+        raise NodeUnreachable(f"{node.name} has no address yet", hint="it is still booting")
+    key = node.key or node.id
+    identity = identity_file.expanduser() if identity_file else keys.client_key(home)
+    return Address(node.ip, node.port, node.user, identity, keys.known_hosts(home, key), key, accept_new)
+
+
+class Link:
+    """An open connection and the thread that listens whether it lives."""
+
+    def __init__(self, address: Address, timeout: float) -> None:
+        self.address = address
+        self._connection = _open(address, timeout)
+        self.transport: paramiko.Transport = self._connection.transport
+        self._heard = time.monotonic()
+        self._closed = threading.Event()
+        threading.Thread(target=self._listen, name=f"link {address.key}", daemon=True).start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the link was heard of lately."""
+        return bool(self.transport.is_active()) and time.monotonic() - self._heard < SILENCE_SECONDS
+
+    def open_channel(self, window: int | None, timeout: float) -> paramiko.Channel:
+        """A channel for one command. `window`: bytes that may be on their way to us."""
+        import paramiko
+
+        try:
+            return self.transport.open_session(window_size=window, timeout=timeout)
+        except paramiko.ChannelException as error:
+            raise RemoteError(
+                f"{self.address.key} refuses another session: {error}",
+                hint="its sshd allows too few (MaxSessions); llmctl needs 10",
+            ) from error
+        except (paramiko.SSHException, EOFError, OSError) as error:
+            self.close()
+            raise lost(self.address, str(error) or type(error).__name__) from error
+
+    def close(self) -> None:
+        """Close the socket under everything that uses it."""
+        self._closed.set()
+        with suppress(OSError, EOFError):
+            self.transport.close()
+        self._connection.close()
+
+    def _listen(self) -> None:
+        import paramiko
+
+        while not self._closed.wait(PROBE_SECONDS) and self.transport.is_active():
+            with suppress(paramiko.SSHException, EOFError, OSError):
+                self.transport.global_request("keepalive@openssh.com", wait=True)
+            if self.transport.is_active():
+                self._heard = time.monotonic()
+
+
+def lost(address: Address, why: str) -> ConnectionLost:
+    """The error for a link that broke."""
+    return ConnectionLost(f"the connection to {address.key} ({address}) was lost: {why}")
+
+
+def _open(address: Address, timeout: float) -> Any:
+    """A connected fabric.Connection. Raises NodeUnreachable, LoginRefused, HostKeyMismatch, keys.KeyFileError."""
+    import paramiko
+    from fabric import Config, Connection
+
+    keys.public_key(address.identity_file)
+    allowed = keys.pinned(address.known_hosts)
+    peer = _socket(address, timeout)
+    connection = Connection(
+        address.host,
+        user=address.user,
+        port=address.port,
+        config=Config(lazy=True, ssh_config=paramiko.SSHConfig()),
+        forward_agent=False,
+        connect_timeout=timeout,
+        connect_kwargs={
+            "sock": peer,
+            "key_filename": [str(address.identity_file)],
+            "look_for_keys": False,
+            "allow_agent": False,
+            "banner_timeout": timeout,
+            "auth_timeout": timeout,
+            "transport_factory": _transport,
+        },
+    )
+    shown = address.host if address.port == 22 else f"[{address.host}]:{address.port}"
+    for kind, base64 in allowed:
+        with suppress(paramiko.hostkeys.InvalidHostKey, paramiko.SSHException):
+            entry = paramiko.hostkeys.HostKeyEntry.from_line(f"{shown} {kind} {base64}")
+            if entry is not None and entry.key is not None:
+                connection.client.get_host_keys().add(shown, kind, entry.key)
+    connection.client.set_missing_host_key_policy(_policy(address, pinned=bool(allowed)))
+    opened = False
+    try:
+        connection.open()
+        opened = True
+    except paramiko.BadHostKeyException as error:
+        raise _mismatch(address, error.key.get_name()) from error
+    except paramiko.AuthenticationException as error:
+        raise LoginRefused(f"{address} refused the login with {address.identity_file}: {error}") from error
+    except (paramiko.SSHException, EOFError, OSError) as error:
+        raise NodeUnreachable(f"{address} does not complete an SSH handshake: {error}") from error
+    finally:
+        if not opened:
+            connection.client.close()
+            peer.close()
+    return connection
+
+
+def _socket(address: Address, timeout: float) -> socket.socket:
+    try:
+        peer = socket.create_connection((address.host, address.port), timeout)
+    except OSError as error:
+        reason = "timed out" if isinstance(error, TimeoutError) else error.strerror or str(error)
+        raise NodeUnreachable(f"{address} cannot be reached: {reason}") from error
+    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    wanted = {
+        "TCP_KEEPIDLE": 10,
+        "TCP_KEEPALIVE": 10,
+        "TCP_KEEPINTVL": 5,
+        "TCP_KEEPCNT": 3,
+        "TCP_USER_TIMEOUT": 25_000,
+    }
+    for name, value in wanted.items():
+        if hasattr(
+            socket, name
+        ):  # TCP_KEEPALIVE is macOS's word for TCP_KEEPIDLE; only Linux has TCP_USER_TIMEOUT
+            peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    return peer
+
+
+def _transport(peer: socket.socket, **options: Any) -> paramiko.Transport:
+    """paramiko's transport with AES-GCM in front: twice as fast as its default, which stays as the fallback."""
+    import paramiko
+
+    transport = paramiko.Transport(peer, **options)
+    security = transport.get_security_options()
+    ciphers = list(security.ciphers)
+    security.ciphers = [name for name in _GCM if name in ciphers] + [
+        name for name in ciphers if name not in _GCM
+    ]
+    return transport
+
+
+def _policy(address: Address, *, pinned: bool) -> Any:
+    """What to do about a host key that is not among the pinned ones."""
+    import paramiko
+
+    class Pin(paramiko.MissingHostKeyPolicy):  # type: ignore[misc]  # paramiko is not followed by mypy
+        """Pins the first key where that is allowed, and refuses any other."""
+
+        def missing_host_key(self, _client: object, _hostname: str, key: Any) -> None:
+            if pinned or not address.accept_new:
+                raise _mismatch(address, key.get_name(), pinned=pinned)
+            keys.pin(address.known_hosts, address.key, f"{key.get_name()} {key.get_base64()}")
+
+    return Pin()
+
+
+def _mismatch(address: Address, shown: str, *, pinned: bool = True) -> HostKeyMismatch:
+    why = (
+        f"is not the one in {address.known_hosts}"
+        if pinned
+        else f"is unknown: {address.known_hosts} holds no key"
+    )
+    return HostKeyMismatch(f"the {shown} host key that {address} shows for {address.key} {why}")

@@ -1,0 +1,153 @@
+"""How fast a configuration trains here: real steps on synthetic tokens, with optimizer, clipping and all."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer import config as configuration
+from trainer import distributed, flops, gpus, microbatch, schedule
+from trainer.batches import Batches, Reader, training_reader
+from trainer.config import ConfigError, DataConfig, TrainerConfig
+from trainer.distributed import World
+from trainer.loop import build, can_compile, peak_memory_gib, set_precision, use_seed_weights
+from trainer.shards import write_bin
+
+WARM_UP_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What steps took on this machine."""
+
+    microbatch_size: int
+    context_length: int
+    step_seconds: float
+    tokens_per_second: float
+    mfu: float | None
+    peak_memory_gib: float
+
+
+def measure(config: TrainerConfig, here: World, reader: Reader, *, microbatch_size: int, steps: int) -> Measured:
+    """Run `steps` timed steps after a few that warm up (compiling among them); the median step counts."""
+    train = config.train
+    model, module, optimizer = build(config, here)
+    use_seed_weights(model, config)
+    if here.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(here.device)
+    batches = Batches(
+        reader, global_batch_size=train.global_batch_size, microbatch_size=microbatch_size, rank=here.rank,
+        world_size=here.size, first_step=1, last_step=WARM_UP_STEPS + steps, device=here.device,
+    )  # fmt: skip
+    share = train.global_batch_size // here.size
+    taken = []
+    try:
+        for step in range(1, WARM_UP_STEPS + steps + 1):
+            _synchronise(here.device)
+            started = time.perf_counter()
+            for index in range(share // microbatch_size):
+                inputs, targets = batches.next()
+                with distributed.synchronised(module, index == share // microbatch_size - 1):
+                    module(inputs, targets, float(share * config.model.context_length)).backward()
+            optimizer.step(schedule.factor(step, WARM_UP_STEPS + steps, train))
+            _synchronise(here.device)
+            taken.append(time.perf_counter() - started)
+    finally:
+        batches.close()
+    seconds = statistics.median(taken[WARM_UP_STEPS:])
+    speed = config.tokens_per_step / seconds
+    gpu = gpu_of(here.device)
+    peak = gpu.bf16_flops * here.size if gpu and gpu.bf16_flops and train.precision == "bf16" else None
+    mfu = speed * flops.flops_per_token(config.model) / peak if peak else None
+    return Measured(microbatch_size, config.model.context_length, seconds, speed, mfu, peak_memory_gib(here.device))
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def gpu_of(device: torch.device) -> gpus.Gpu | None:
+    """The row of the GPU table for this device, or None."""
+    if device.type != "cuda":
+        return None
+    return gpus.lookup(torch.cuda.get_device_name(device), microbatch.device_memory_gib(device))
+
+
+def synthetic(config: TrainerConfig, directory: Path, sequences: int) -> Reader:
+    """A reader of pseudo-random tokens, enough for `sequences`."""
+    context = config.model.context_length
+    generator = torch.Generator().manual_seed(config.train.seed)
+    top = min(config.model.vocab_size, 65_536)
+    tokens = torch.randint(top, (min(sequences, 256) * context + 1,), generator=generator)
+    path = directory / f"synthetic-{os.getpid()}-{context}.bin"
+    write_bin(path, tokens.tolist())
+    return training_reader(DataConfig(train=[str(path)]), context, config.model.vocab_size)
+
+
+def main(argv: Sequence[str]) -> int:
+    """`python -m trainer bench --config config.json --steps 20 [--json] [--sweep]`."""
+    parser = argparse.ArgumentParser(prog="trainer bench")
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout and nothing else")
+    options = parser.parse_args(argv)
+    try:
+        config = configuration.load(options.config)
+        with distributed.world(config.train) as here, tempfile.TemporaryDirectory() as directory:
+            document = bench(config, here, Path(directory), steps=options.steps)
+    except ConfigError as error:
+        sys.stderr.write(f"trainer: {error}\n")
+        return 3
+    if here.rank == 0:
+        sys.stdout.write(json.dumps(document) + "\n" if options.json else _table(document))
+    return 0
+
+
+def bench(config: TrainerConfig, here: World, directory: Path, *, steps: int) -> dict[str, Any]:
+    """The document of `bench --json`."""
+    configuration.check_batch(config.train, here.size)
+    set_precision(config)
+    size = microbatch.choose(config, here, None)
+    reader = synthetic(config, directory, config.train.global_batch_size)
+    measured = measure(config, here, reader, microbatch_size=size, steps=steps)
+    gpu = gpu_of(here.device)
+    name = torch.cuda.get_device_name(here.device) if here.device.type == "cuda" else "cpu"
+    return {
+        "parameters": flops.parameters(config.model),
+        "tokens_per_second": measured.tokens_per_second,
+        "mfu": measured.mfu,
+        "step_seconds": measured.step_seconds,
+        "peak_memory_gib": measured.peak_memory_gib,
+        "device": name,
+        "compile": config.train.compile and can_compile(here.device),
+        "processes": here.size,
+        "microbatch_size": size,
+        "flops_per_token": flops.flops_per_token(config.model),
+        "flops_formula": flops.FORMULA,
+        "peak_flops": gpu.bf16_flops if gpu else None,
+        "peak_source": gpu.source if gpu else None,
+        "predicted_memory_gib": flops.memory_gib(config.model, config.train, size, here.size),
+        "torch": torch.__version__,
+    }
+
+
+def _table(document: dict[str, Any]) -> str:
+    mfu = "unknown: no published dense bf16 peak for this device" if document["mfu"] is None else f"{document['mfu']:.1%}"
+    lines = {
+        **document,
+        "tokens_per_second": f"{document['tokens_per_second']:,.0f}",
+        "mfu": mfu,
+    }
+    return "".join(f"{key:>22}  {value}\n" for key, value in lines.items())

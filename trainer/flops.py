@@ -1,0 +1,116 @@
+"""How large a model is, what a token costs, and what it needs in memory: pure arithmetic on the configuration.
+
+The FLOPs of a token (forward and backward) are 6 · matmul parameters + 12 · layers · width · context: each weight of a
+matrix product costs two operations forward and four backward, and the second term is attention's two products over the
+whole context (Chowdhery et al., PaLM, 2022, appendix B; the causal half is counted in full, as everyone does). The
+embedding look-up is no product, the head is one, tied or not. The vocabulary counts unpadded.
+"""
+
+from __future__ import annotations
+
+from trainer.config import ModelConfig, TrainConfig
+
+FORMULA = "6 * matmul parameters + 12 * layers * width * context"
+PAD = 128
+
+
+def padded_vocab(vocab_size: int) -> int:
+    """The rows of embedding and head in memory: `vocab_size` rounded up to a multiple of 128, which GEMMs like."""
+    return -(-vocab_size // PAD) * PAD
+
+
+def feed_forward_width(model: ModelConfig) -> int:
+    """Hidden width of the feed-forward layer: 4 · width; for swiglu 8/3 of it, rounded up to 256, for equal cost."""
+    if model.ffn_dim is not None:
+        return model.ffn_dim
+    if model.activation == "swiglu":
+        return -(-8 * model.emb_dim // 3 // 256) * 256
+    return 4 * model.emb_dim
+
+
+def kv_width(model: ModelConfig) -> int:
+    """Width of the keys, and of the values, over all their heads."""
+    return model.emb_dim // model.n_heads * (model.n_kv_heads or model.n_heads)
+
+
+def _block_matrices(model: ModelConfig) -> int:
+    width = model.emb_dim
+    attention = 2 * width * width + 2 * width * kv_width(model)
+    branches = 3 if model.activation == "swiglu" else 2
+    return attention + branches * width * feed_forward_width(model)
+
+
+def _norm(model: ModelConfig) -> int:
+    return model.emb_dim * (2 if model.norm == "layer" else 1)
+
+
+def _block_biases(model: ModelConfig) -> int:
+    biases = model.emb_dim + 2 * kv_width(model) if model.qkv_bias else 0
+    if model.norm == "layer":  # models with RMSNorm have no biases in their projections
+        up = 2 if model.activation == "swiglu" else 1
+        biases += 2 * model.emb_dim + up * feed_forward_width(model)
+    return biases
+
+
+def parameters(model: ModelConfig) -> int:
+    """Weights of the model as a checkpoint holds them."""
+    embeddings = model.vocab_size * model.emb_dim
+    if model.position == "learned":
+        embeddings += model.context_length * model.emb_dim
+    head = 0 if model.tie_weights else model.vocab_size * model.emb_dim
+    block = _block_matrices(model) + _block_biases(model) + 2 * _norm(model)
+    return embeddings + head + model.n_layers * block + _norm(model)
+
+
+def matmul_parameters(model: ModelConfig) -> int:
+    """Weights that take part in a matrix product for each token: the blocks' matrices and the head."""
+    return model.n_layers * _block_matrices(model) + model.vocab_size * model.emb_dim
+
+
+def flops_per_token(model: ModelConfig) -> int:
+    """FLOPs of training on one token, by FORMULA."""
+    return 6 * matmul_parameters(model) + 12 * model.n_layers * model.emb_dim * model.context_length
+
+
+def state_bytes(model: ModelConfig, train: TrainConfig, processes: int) -> int:
+    """Bytes of weights, gradients and optimizer state on one process: four bytes each of weight, gradient and two moments
+    (Muon keeps one for the blocks' matrices), divided among the processes where they are sharded."""
+    blocks = model.n_layers * _block_matrices(model)
+    moments = 2 * parameters(model) - (blocks if train.optimizer == "muon" else 0)
+    total = 4 * (2 * parameters(model) + moments)
+    if train.sharding == "fsdp":
+        return total // processes
+    if processes > 1:  # the reducer's buckets hold the gradients; one further bucket travels
+        total += 64 << 20
+    return total
+
+
+def activation_bytes(model: ModelConfig, train: TrainConfig, microbatch_size: int) -> int:
+    """Bytes that one microbatch keeps for backward, with compiled blocks and fused attention.
+
+    Per token and block: the residual stream twice, both norms' outputs, queries, keys, values, attention output, and the
+    feed-forward's input to and output of its non-linearity; the head keeps its input and the logits of one chunk.
+    """
+    item = 2 if train.precision == "bf16" else 4
+    tokens = microbatch_size * model.context_length
+    width, hidden = model.emb_dim, feed_forward_width(model)
+    branches = 3 if model.activation == "swiglu" else 2
+    block = 6 * width + 2 * kv_width(model) + branches * hidden
+    kept = model.n_layers * (width if train.activation_checkpointing else block) * item
+    working = (block if train.activation_checkpointing else 0) * item
+    chunk = min(tokens, head_chunk(train.device)) * padded_vocab(model.vocab_size) * (item + 4)
+    stream = 4 * width * 4  # embedding output, its gradient, the head's input and its gradient, in float32 at worst
+    head = padded_vocab(model.vocab_size) * model.emb_dim * (item + 4)  # the head's cast weights and their gradient
+    return tokens * (kept + working + stream) + chunk + head
+
+
+def head_chunk(device: str) -> int:
+    """Tokens whose logits exist at the same time."""
+    return 8192 if device == "cuda" else 1024
+
+
+def memory_gib(model: ModelConfig, train: TrainConfig, microbatch_size: int, processes: int = 1) -> float:
+    """Predicted peak memory of one process, GiB. On a GPU it holds the CUDA context and the libraries' workspaces too."""
+    fixed = 1.5 * 2**30 if train.device == "cuda" else 0.5 * 2**30
+    total = state_bytes(model, train, processes) + 1.1 * activation_bytes(model, train, microbatch_size) + fixed
+    return float(total) / 2**30

@@ -1,0 +1,622 @@
+"""The training run, from the first line of its configuration to the last of its metrics.
+
+Exit codes: 0 finished or stopped on request, 3 refused (configuration, data, disk), 4 too many non-finite steps in a
+row, 5 out of memory. Any other end is a crash, and worth a restart from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import errno
+import faulthandler
+import gc
+import json
+import os
+import platform
+import resource
+import shutil
+import signal
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer import checkpoint, distributed, flops, gpus, loss, microbatch, schedule
+from trainer import config as configuration
+from trainer.batches import Batches, Reader, await_shards, training_reader
+from trainer.checkpoint import HostCopies, Saved, Writer
+from trainer.config import ConfigError, TestSet, TrainerConfig
+from trainer.distributed import World
+from trainer.evaluate import mean_loss, summary
+from trainer.model import GPT, fill, initial_weights, padded
+from trainer.optim import Optimizer
+from trainer.progress import FAILURE, STOP, Metrics, Status, finite, log, report_failure, step_line, write_json
+from trainer.sample import generate, load_model
+from trainer.shards import ShardError
+
+SKIPPED_IN_A_ROW = 10
+"""Non-finite steps in a row after which training ends."""
+EXIT_REFUSED, EXIT_NON_FINITE, EXIT_MEMORY = 3, 4, 5
+
+
+class NonFiniteError(Exception):
+    """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+class Stopped(Exception):  # noqa: N818  an end, not an error
+    """A stop was requested before the first step."""
+
+
+@dataclass
+class Run:
+    """Everything that one process holds while it trains."""
+
+    config: TrainerConfig
+    out: Path
+    here: World
+    model: GPT
+    module: nn.Module
+    optimizer: Optimizer
+    reader: Reader
+    microbatch_size: int
+    stop: threading.Event
+    status: Status | None
+    metrics: Metrics | None
+    peak_flops: float | None
+    writer: Writer | None = None
+    copies: HostCopies | None = None
+    step: int = 0
+    skipped_in_a_row: int = 0
+    best: tuple[int, float] | None = None
+    """Step and validation loss of the best checkpoint."""
+    saved_step: int | None = None
+    saved_at: float = 0.0
+    pending: list[Pending] = field(default_factory=list)
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=51))
+
+    @property
+    def stopping(self) -> bool:
+        """Whether this rank knows of a request to stop."""
+        return self.stop.is_set() or (self.status is not None and self.status.stop.is_set())
+
+    def tell(self, **fields: Any) -> None:
+        """Update status.json, on the rank that owns it."""
+        if self.status is not None:
+            self.status.update(**fields)
+
+    def record(self, *records: dict[str, Any]) -> None:
+        """Append to metrics.jsonl, on the rank that owns it."""
+        if self.metrics is not None:
+            self.metrics.write(*records)
+
+
+@dataclass
+class Pending:
+    """A step whose numbers are still on the device."""
+
+    step: int
+    learning_rate: float
+    loss: Tensor
+    norm: Tensor
+    skipped: Tensor
+    begun: Mark
+    ended: Mark
+
+
+class Mark:
+    """An instant: the wall clock's on a CPU, the GPU's own stream of work on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.time = time.time()
+        self._counter = time.perf_counter()
+        self._event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+        if self._event is not None:
+            self._event.record()
+
+    def wait(self) -> None:
+        """Return once the device has come here."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def seconds_until(self, later: Mark) -> float:
+        """Seconds from this mark to `later`, which the device has reached."""
+        if self._event is not None and later._event is not None:  # noqa: SLF001  the same class
+            return float(self._event.elapsed_time(later._event)) / 1000  # noqa: SLF001
+        return later._counter - self._counter  # noqa: SLF001
+
+
+def run(config_path: Path, out: Path, *, resume: bool) -> int:
+    """Train as `config_path` says, into `out`; the exit code. Every rank runs this."""
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    rank = int(os.environ.get("RANK", "0"))
+    out.mkdir(parents=True, exist_ok=True)
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    status = None
+    if rank == 0:
+        (out / FAILURE).unlink(missing_ok=True)
+        status = Status(out, world_size=int(os.environ.get("WORLD_SIZE", "1")), microbatch_size=None)
+    try:
+        state = _train(configuration.load(config_path), out, resume=resume, status=status, stop=stop)
+    except ConfigError as error:
+        return _fail(out, status, EXIT_REFUSED, "config", str(error))
+    except ShardError as error:
+        return _fail(out, status, EXIT_REFUSED, "data", str(error))
+    except NonFiniteError as error:
+        return _fail(out, status, EXIT_NON_FINITE, "non_finite", str(error))
+    except torch.OutOfMemoryError as error:
+        return _fail(out, status, EXIT_MEMORY, "out_of_memory", str(error))
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            return _fail(out, status, EXIT_REFUSED, "disk_full", f"{error.filename or out}: {error.strerror}; make room and resume")
+        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error):
+            return _fail(out, status, EXIT_MEMORY, "out_of_memory", str(error))
+        _crash(out, status, f"{type(error).__name__}: {error}")
+        raise
+    if status is not None:
+        status.end(state)
+        if state == "stopped":
+            (out / STOP).unlink(missing_ok=True)
+    return 0
+
+
+def _fail(out: Path, status: Status | None, code: int, reason: str, message: str) -> int:
+    if status is not None:
+        status.end("failed", reason=reason, message=message)
+    else:
+        report_failure(out, reason, message)
+    os.write(2, f"trainer: {message}\n".encode())
+    return code
+
+
+def _crash(out: Path, status: Status | None, message: str) -> None:
+    """Note a crash, unless another rank has already told why it ended and took this one with it."""
+    if status is None:
+        return
+    reason = "crash"
+    if (out / FAILURE).exists():
+        told = json.loads((out / FAILURE).read_text(encoding="utf-8"))
+        reason, message = told["reason"], told["message"]
+    status.end("failed", reason=reason, message=message)
+
+
+def _train(config: TrainerConfig, out: Path, *, resume: bool, status: Status | None, stop: threading.Event) -> str:
+    """The story of a run: prepare, step until the end or a stop, evaluate. Returns `finished` or `stopped`."""
+    with distributed.world(config.train) as here:
+        run = _prepare(config, out, here, resume=resume, status=status, stop=stop)
+        try:
+            stopped = _steps(run)
+            if run.saved_step != run.step:
+                _save(run, best=False, validation_loss=None)
+            if run.writer is not None:
+                run.writer.wait()
+        except torch.OutOfMemoryError as error:
+            hint = microbatch.would_fit(config, here, run.microbatch_size)
+            raise torch.OutOfMemoryError(f"out of memory in step {run.step + 1}: {hint}. {error}") from error
+        finally:
+            gc.unfreeze()
+            gc.enable()
+        if not stopped:
+            stopped = not _evaluate(run)
+        run.record({"kind": "system", "step": run.step, "time": time.time(), "peak_memory_gib": peak_memory_gib(here.device)})
+        here.tell(None)  # nobody leaves while rank 0 still works
+        return "stopped" if stopped else "finished"
+
+
+def _prepare(
+    config: TrainerConfig, out: Path, here: World, *, resume: bool, status: Status | None, stop: threading.Event
+) -> Run:
+    configuration.check_batch(config.train, here.size)
+    checkpoints = out / "checkpoints"
+    found = here.tell(_resume_from(checkpoints, config, resume=resume) if here.rank == 0 else None)
+    facts = found[1] if found else {}
+    recorded = facts.get("microbatch_size") if facts.get("world_size") == here.size else None
+    size = microbatch.choose(config, here, recorded)
+    configuration.check_batch(_with_microbatch(config, size).train, here.size)
+    reader = training_reader(config.data, config.model.context_length, config.model.vocab_size)
+    set_precision(config)
+    model, module, optimizer = build(config, here)
+    metrics = Metrics(out / "metrics.jsonl") if here.rank == 0 else None
+    gpu = _gpu(here.device)
+    peak = gpu.bf16_flops * here.size if gpu is not None and gpu.bf16_flops and config.train.precision == "bf16" else None
+    run = Run(config, out, here, model, module, optimizer, reader, size, stop, status, metrics, peak)
+    run.copies = HostCopies(here.device)
+    if found:
+        _restore(run, Path(found[0]), facts)
+    else:
+        use_seed_weights(model, config)
+    if here.rank == 0:
+        run.writer = Writer(checkpoints, config)
+        _announce(run, resume=resume, facts=facts)
+    run.tell(microbatch_size=size, steps=config.steps, step=run.step, checkpoint_step=run.saved_step)
+    run.saved_at = time.monotonic()
+    return run
+
+
+def _with_microbatch(config: TrainerConfig, size: int) -> TrainerConfig:
+    from dataclasses import replace
+
+    return replace(config, train=replace(config.train, microbatch_size=size))
+
+
+def _resume_from(checkpoints: Path, config: TrainerConfig, *, resume: bool) -> tuple[str, dict[str, Any]] | None:
+    """Path and plain facts of the checkpoint to go on from; None: begin. Raises ConfigError."""
+    if not resume:
+        if checkpoints.is_dir() and checkpoint.steps(checkpoints):
+            raise ConfigError("--out", f"{checkpoints} already holds checkpoints; pass --resume, or another directory")
+        return None
+    path = checkpoint.newest_whole(checkpoints, log)
+    if path is None:
+        return None
+    checkpoint.check_same_model(path, config.model)
+    state = checkpoint.load_state(path)
+    return str(path), {key: value for key, value in state.items() if key != "optimizer"}
+
+
+def build(config: TrainerConfig, here: World) -> tuple[GPT, nn.Module, Optimizer]:
+    """The model with unset weights on the device, the module to call for its loss, and the optimizer with zero state."""
+    train = config.train
+    dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+    with torch.device("meta"):
+        model = GPT(config.model, compute_dtype=dtype, recompute=train.activation_checkpointing)
+    compiled = train.compile and can_compile(here.device)
+    if train.sharding == "ddp":
+        model.to_empty(device=here.device)
+        _zero(model)
+        if compiled:
+            model.compile_blocks()
+    loss.use_compiled(compiled)
+    module = distributed.spread(model, train, here)
+    if train.sharding == "fsdp":
+        model.to_empty(device=here.device)
+        if compiled:
+            model.compile_blocks()
+    model.train()
+    optimizer = Optimizer(model, train)
+    optimizer.prepare_state()
+    return model, module, optimizer
+
+
+def use_seed_weights(model: GPT, config: TrainerConfig) -> None:
+    """Fill the model, or this rank's part of it, with the first weights of `train.seed`."""
+    place = distributed.place if config.train.sharding == "fsdp" else None
+    fill(model, initial_weights(config.model, config.train.seed), place)
+
+
+@torch.no_grad()
+def _zero(model: GPT) -> None:
+    for parameter in model.parameters():
+        parameter.zero_()
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile has the C++ compiler that it needs here; says so where not."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None and shutil.which("clang++") is None:
+        if int(os.environ.get("RANK", "0")) == 0:
+            log(f"train.compile is on, but there is no C++ compiler ({compiler}) for {device.type}: not compiled")
+        return False
+    return True
+
+
+def set_precision(config: TrainerConfig) -> None:
+    """What this process computes with, beyond what the model itself casts to."""
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU for what is left in float32; nothing changes on a CPU
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(mode=True)
+        torch.backends.cudnn.benchmark = False
+
+
+def _restore(run: Run, path: Path, facts: dict[str, Any]) -> None:
+    """Weights and optimizer state of the checkpoint at `path`, which only rank 0 needs to have."""
+    here, place = run.here, distributed.place
+    sharded = run.config.train.sharding == "fsdp"
+    reading = here.rank == 0 or (sharded and path.is_dir())
+    if reading:
+        checkpoint.restore_weights(run.model, checkpoint.weights(path), place)
+        saved = checkpoint.load_state(path)["optimizer"]
+        for name, state in run.optimizer.state().items():
+            for key, tensor in state.items():
+                value = saved[name][key]
+                place(tensor, padded(name, value, run.config.model) if value.ndim else value)
+    if not sharded:
+        states = [tensor for state in run.optimizer.state().values() for tensor in state.values()]
+        distributed.from_rank_0([p.data for p in run.model.parameters()] + states, here)
+    run.step = facts["step"]
+    run.saved_step = run.step
+    run.best = tuple(facts["best"]) if facts["best"] else None  # type: ignore[assignment]
+    run.skipped_in_a_row = facts["skipped_in_a_row"]
+
+
+def _announce(run: Run, *, resume: bool, facts: dict[str, Any]) -> None:
+    """The facts of this run, once, in the log and in the metrics."""
+    model, train, here = run.config.model, run.config.train, run.here
+    gpu = _gpu(here.device)
+    name = torch.cuda.get_device_name(here.device) if here.device.type == "cuda" else platform.processor() or platform.machine()
+    run.record({
+        "kind": "system", "step": run.step, "time": time.time(), "gpu": gpu.key if gpu else None, "device": name,
+        "gpus": here.size if here.device.type == "cuda" else 0, "torch": torch.__version__, "python": platform.python_version(),
+        "world_size": here.size, "microbatch_size": run.microbatch_size, "parameters": flops.parameters(model),
+        "flops_per_token": flops.flops_per_token(model), "flops_formula": flops.FORMULA, "peak_flops": run.peak_flops,
+        "peak_source": gpu.source if gpu and run.peak_flops else None, "compile": train.compile and can_compile(here.device),
+        "tokens_per_epoch": run.reader.order.sequences * model.context_length,
+    })  # fmt: skip
+    if resume and (run.step or (run.out / "metrics.jsonl").stat().st_size > 0):
+        run.record({
+            "kind": "resume", "step": run.step, "time": time.time(), "world_size": here.size,
+            "microbatch_size": run.microbatch_size, "from_world_size": facts.get("world_size"),
+        })  # fmt: skip
+    log(f"{flops.parameters(model):,} parameters, {flops.flops_per_token(model) / 1e6:,.1f} MFLOP/token ({flops.FORMULA})")
+    peak = f"{run.peak_flops / 1e12:,.0f} TFLOP/s ({gpu.source})" if run.peak_flops and gpu else "unknown, so no MFU"
+    log(f"{here.size} x {name}, dense bf16 peak {peak}; torch {torch.__version__}")
+    accumulation = train.global_batch_size // here.size // run.microbatch_size
+    log(f"{train.global_batch_size} sequences a step = {here.size} processes x {accumulation} x microbatch {run.microbatch_size}")
+    log(f"{run.reader.order.sequences:,} sequences an epoch; {run.config.steps} steps, starting after step {run.step}")
+
+
+def _gpu(device: torch.device) -> gpus.Gpu | None:
+    if device.type != "cuda":
+        return None
+    return gpus.lookup(torch.cuda.get_device_name(device), microbatch.device_memory_gib(device))
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory this process has held: reserved on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _steps(run: Run) -> bool:
+    """All steps that are left. True: stopped on request."""
+    config, here = run.config, run.here
+    train, last = config.train, config.steps
+    if run.step >= last:
+        return False
+    batches = Batches(
+        run.reader, global_batch_size=train.global_batch_size, microbatch_size=run.microbatch_size, rank=here.rank,
+        world_size=here.size, first_step=run.step + 1, last_step=last, device=here.device,
+    )  # fmt: skip
+    interval = configuration.parse_duration(config.checkpoint.every) if config.checkpoint.every else None
+    seen: set[int] = set()
+    begun_at = run.step
+    flags = here.agree(run.stopping, False)
+    try:
+        while run.step < last:
+            stop, due = flags.result()
+            if stop:
+                return True
+            if due and run.saved_step != run.step:
+                _save(run, best=False, validation_loss=None)
+            clock = interval is not None and here.rank == 0 and time.monotonic() - run.saved_at >= interval
+            flags = here.agree(run.stopping, clock)
+            needed = run.reader.order.shards_of_step(run.step + 1, train.global_batch_size) - seen
+            if needed and not _await(run, needed):
+                flags.result()
+                return True
+            seen |= needed
+            run.tell(state="training")
+            _one_step(run, batches)
+            if run.step == begun_at + 1:
+                here.shorten_timeouts()
+            if run.step == begun_at + 3:  # everything that lives long lives now
+                gc.collect()
+                gc.freeze()
+                gc.disable()
+            if run.step % train.log_every == 0 or run.step == last:
+                _flush(run)
+            _validate_and_save(run, last=run.step == last)
+        flags.result()
+    finally:
+        batches.close()
+        _flush(run)
+    return False
+
+
+def _one_step(run: Run, batches: Batches) -> None:
+    """One optimizer update from one global batch. The host waits for nothing but the step before."""
+    config, train, device = run.config, run.config.train, run.here.device
+    begun = Mark(device)
+    step = run.step + 1
+    if config.model.drop_rate > 0:  # dropout, too, is a function of the step: nothing to save
+        torch.manual_seed(hash((train.seed, step, run.here.rank)) & 0x7FFF_FFFF_FFFF)
+    accumulation = train.global_batch_size // run.here.size // run.microbatch_size
+    tokens = train.global_batch_size // run.here.size * config.model.context_length
+    total = torch.zeros((), device=device)
+    for index in range(accumulation):
+        inputs, targets = batches.next()
+        with distributed.synchronised(run.module, index == accumulation - 1):
+            part = run.module(inputs, targets, float(tokens))
+            part.backward()
+        total += part.detach()
+    factor = schedule.factor(step, config.steps, train)
+    norm, skipped = run.optimizer.step(factor)
+    previous = run.pending[-1].ended if run.pending else None
+    run.pending.append(Pending(step, train.learning_rate * factor, total, norm, skipped, begun, Mark(device)))
+    if previous is not None:
+        previous.wait()  # at most one step ahead of the GPU
+    run.step = step
+    run.tell(step=step if device.type == "cpu" else step - 1, last_step_time=time.time())
+
+
+def _flush(run: Run) -> None:
+    """Fetch the numbers of all steps since the last time, and write them down. Every rank calls it at the same steps.
+
+    Raises NonFiniteError after too many skipped steps in a row.
+    """
+    if not run.pending:
+        return
+    pending, run.pending = run.pending, []
+    losses = run.here.mean(torch.stack([item.loss for item in pending])).tolist()
+    norms = torch.stack([item.norm for item in pending]).tolist()
+    skips = torch.stack([item.skipped for item in pending]).tolist()
+    now, latest = time.time(), pending[-1].ended
+    memory = peak_memory_gib(run.here.device)
+    tokens = run.config.tokens_per_step
+    per_token = flops.flops_per_token(run.config.model)
+    records = []
+    for item, value, norm, skip in zip(pending, losses, norms, skips, strict=True):
+        seconds = item.begun.seconds_until(item.ended)
+        run.recent.append(seconds)
+        ended = item.ended.time if run.here.device.type == "cpu" else now - item.ended.seconds_until(latest)
+        speed = tokens / max(seconds, 1e-9)
+        record = {
+            "kind": "step", "step": item.step, "tokens": item.step * tokens, "time": ended, "loss": finite(value),
+            "learning_rate": item.learning_rate, "grad_norm": finite(norm), "step_seconds": seconds,
+            "tokens_per_second": speed, "mfu": speed * per_token / run.peak_flops if run.peak_flops else None,
+            "memory_gib": memory,
+        }  # fmt: skip
+        if skip:
+            record["skipped"] = True
+        run.skipped_in_a_row = run.skipped_in_a_row + 1 if skip else 0
+        records.append(record)
+        if run.skipped_in_a_row >= SKIPPED_IN_A_ROW:
+            break
+    run.record(*records)
+    if run.here.rank == 0:
+        log(step_line(records[-1], run.config.steps))
+    run.tell(step=pending[-1].step, step_seconds=statistics.median(run.recent))
+    if run.skipped_in_a_row >= SKIPPED_IN_A_ROW:
+        raise NonFiniteError(
+            f"{SKIPPED_IN_A_ROW} steps in a row, up to step {records[-1]['step']}, had a loss or gradient that is not finite and were "
+            f"skipped; the last good checkpoint is of step {run.saved_step}; resume with a lower learning rate or more warm-up"
+        )
+
+
+def _await(run: Run, needed: set[int]) -> bool:
+    """Wait until every rank has the shards. False: a stop was requested meanwhile."""
+
+    def waiting(path: Path) -> None:
+        run.tell(state="waiting_for_data", message=f"waiting for {path}")
+        time.sleep(0.5)
+
+    def exchange(missing: bool) -> Any:
+        return run.here.agree(missing, run.stopping).result()
+
+    there = await_shards(run.reader, needed, exchange, waiting)
+    run.tell(message=None)
+    return there
+
+
+def _validate_and_save(run: Run, *, last: bool) -> None:
+    """What is due after a step: a validation, a checkpoint, or nothing."""
+    train, every = run.config.train, run.config.checkpoint.every_steps
+    validation = None
+    if run.config.data.validation and (last or (train.validate_every and run.step % train.validate_every == 0)):
+        validation = _validate(run)
+    improved = validation is not None and (run.best is None or validation < run.best[1])
+    if improved or last or (every and run.step % every == 0):
+        _save(run, best=improved, validation_loss=validation)
+
+
+def _validate(run: Run) -> float | None:
+    """The loss on the validation shards; None: interrupted by a stop, or not a number."""
+    _flush(run)
+    run.tell(state="validating")
+    started = time.time()
+    gc.collect()
+    result = mean_loss(
+        run.module, run.config.data.validation, tokens=run.config.train.validation_tokens, config=run.config.model,
+        microbatch_size=run.microbatch_size, here=run.here, fewer=True, stopped=lambda: run.stopping,
+    )  # fmt: skip
+    if result is None:
+        return None
+    now = time.time()
+    run.record({
+        "kind": "validation", "step": run.step, "tokens": run.step * run.config.tokens_per_step, "time": now,
+        "validation_loss": finite(result.loss), "seconds": now - started, "validation_tokens": result.tokens,
+    })  # fmt: skip
+    if run.here.rank == 0:
+        log(f"step {run.step}/{run.config.steps} | validation loss {result.loss:.4f} on {result.tokens:,} tokens")
+    run.tell(state="training", last_step_time=now)
+    return finite(result.loss)
+
+
+def _save(run: Run, *, best: bool, validation_loss: float | None) -> None:
+    """Begin to write a checkpoint of this step. Training stands still only while the state is copied."""
+    _flush(run)
+    started = time.monotonic()
+    if best:
+        assert validation_loss is not None
+        run.best = (run.step, validation_loss)
+    facts = {
+        "world_size": run.here.size, "microbatch_size": run.microbatch_size, "best": list(run.best) if run.best else None,
+        "skipped_in_a_row": run.skipped_in_a_row, "torch": str(torch.__version__),
+    }  # fmt: skip
+    if run.writer is not None:
+        run.writer.wait()  # its buffers are about to be used again
+    assert run.copies is not None
+    taken = checkpoint.snapshot(run.model, run.optimizer, run.copies, run.here, run.step, facts)
+    if taken is not None and taken.ready is not None:
+        taken.ready.synchronize()
+    seconds = time.monotonic() - started
+    run.saved_step, run.saved_at = run.step, time.monotonic()
+    if run.writer is not None and taken is not None and run.metrics is not None:
+        run.metrics.sync()  # a checkpoint never knows of more steps than the metrics do
+        run.writer.start(taken, best=best, saved=_saved(run, validation_loss, seconds))
+
+
+def _saved(run: Run, validation_loss: float | None, seconds: float) -> Callable[[Saved], None]:
+    def saved(saved: Saved) -> None:
+        run.record({
+            "kind": "checkpoint", "step": saved.step, "tokens": saved.step * run.config.tokens_per_step, "time": time.time(),
+            "sha256": saved.sha256, "bytes": saved.bytes, "validation_loss": validation_loss, "best": saved.best, "seconds": seconds,
+        })  # fmt: skip
+        run.tell(checkpoint_step=saved.step)
+
+    return saved
+
+
+def _evaluate(run: Run) -> bool:
+    """Test sets and samples on the best checkpoint, or the last; evaluations.json. False: interrupted by a stop."""
+    config, here = run.config, run.here
+    wanted = config.evaluate
+    if not wanted.test_sets and not wanted.prompt_tokens:
+        return True
+    run.tell(state="evaluating")
+    checkpoints = run.out / "checkpoints"
+    step = run.best[0] if run.best else run.step
+    path = checkpoints / f"step-{step:06d}"
+    if step != run.step:
+        if here.rank == 0 or (config.train.sharding == "fsdp" and path.is_dir()):
+            checkpoint.restore_weights(run.model, checkpoint.weights(path), distributed.place)
+        if config.train.sharding != "fsdp":
+            distributed.from_rank_0([p.data for p in run.model.parameters()], here)
+    results = []
+    for test_set in wanted.test_sets:
+        if not isinstance(test_set, TestSet):
+            raise ConfigError("evaluate.test_sets", f"{test_set!r} is a name; config.json needs {{name, data, offset, tokens}}")
+        result = mean_loss(
+            run.module, test_set.data, offset=test_set.offset, tokens=test_set.tokens, config=config.model,
+            microbatch_size=run.microbatch_size, here=here, stopped=lambda: run.stopping,
+        )  # fmt: skip
+        if result is None:
+            return False
+        results.append(summary(test_set, result, step))
+    if here.rank == 0:
+        samples = _samples(path, wanted.prompt_tokens, here.device)
+        write_json(run.out / "evaluations.json", {"test_sets": results, "samples": samples})
+        for item in results:
+            log(f"{item['name']}: loss {item['loss']:.4f} on {item['tokens']:,} tokens (checkpoint of step {step})")
+    return True
+
+
+SAMPLE_TOKENS = 64
+
+
+def _samples(path: Path, prompts: list[list[int]], device: torch.device) -> list[dict[str, Any]]:
+    if not prompts:
+        return []
+    model, _ = load_model(path, device)
+    return [
+        {"prompt_index": index, "tokens": list(generate(model, prompt, max_tokens=SAMPLE_TOKENS, temperature=0.8, top_k=50, seed=0))}
+        for index, prompt in enumerate(prompts)
+    ]

@@ -1,0 +1,149 @@
+"""Cross-entropy of a linear head that never holds all logits.
+
+The head is the largest product of a small GPT, and its logits, tokens × vocabulary, the largest tensor by far. Here they
+exist for one chunk of tokens at a time: each chunk's loss and gradient are computed at once, in forward, and only the
+gradients of the hidden states and of the weight are kept. The number of products is that of the plain way.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from trainer import flops
+
+
+def softcap_(logits: Tensor, softcap: float | None) -> Tensor:
+    """c·tanh(x/c), or x without a cap."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _chunk_loss(logits_nv: Tensor, targets_n: Tensor, vocab_size: int, softcap: float | None) -> Tensor:
+    """Sum of a chunk's losses."""
+    wide = softcap_(logits_nv[:, :vocab_size].float(), softcap)
+    picked = wide.gather(1, targets_n.clamp(min=0)[:, None])[:, 0]
+    losses = torch.logsumexp(wide, dim=1) - picked
+    return torch.where(targets_n >= 0, losses, 0.0).sum()
+
+
+def _chunk_slope_(
+    logits_nv: Tensor, targets_n: Tensor, vocab_size: int, softcap: float | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of a chunk's losses, and the gradient by the logits in two factors: one overwrites `logits_nv`, the other is
+    one number a row. So the softmax is never divided by its sum, which saves a pass over the logits.
+
+    With E = exp(x − max) and S = ΣE the gradient is scale/S · (E − S·[target]). Returns the loss, the row factors
+    scale/S (0 without a target), and E − S at the targets, which `_slope_` puts in place.
+    """
+    target_n1 = targets_n.clamp(min=0)[:, None]
+    wide = softcap_(logits_nv[:, :vocab_size].float(), softcap)
+    picked_n1 = wide.gather(1, target_n1)
+    top_n1 = wide.amax(dim=1, keepdim=True)
+    exponentials = torch.exp(wide - top_n1)
+    total_n1 = exponentials.sum(dim=1, keepdim=True)
+    counted_n1 = (targets_n >= 0)[:, None]
+    loss = torch.where(counted_n1, total_n1.log() + top_n1 - picked_n1, 0.0).sum()
+    at_target_n1 = torch.exp(picked_n1 - top_n1) - total_n1
+    if softcap is not None:  # the derivative of c·tanh(x/c) is 1 − tanh²
+        exponentials = exponentials * (1 - (wide / softcap).square())
+        at_target_n1 = at_target_n1 * (1 - (picked_n1 / softcap).square())
+    logits_nv[:, :vocab_size] = exponentials.to(logits_nv.dtype)
+    return loss, torch.where(counted_n1, scale / total_n1, 0.0), at_target_n1.to(logits_nv.dtype)
+
+
+def _slope_(
+    logits_nv: Tensor, targets_n: Tensor, vocab_size: int, softcap: float | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Loss and row factors of a chunk; `logits_nv` becomes the rest of its gradient."""
+    loss, factor_n1, at_target_n1 = _fused(_chunk_slope_)(logits_nv, targets_n, vocab_size, softcap, scale)
+    # Outside the compiled part: within it, these few elements would cost a copy of everything.
+    logits_nv[:, vocab_size:] = 0.0
+    logits_nv.scatter_(1, targets_n.clamp(min=0)[:, None], at_target_n1)
+    return loss, factor_n1
+
+
+_compiled: dict[Any, Any] = {}
+
+
+def _fused(function: Any) -> Any:
+    """`function` compiled once, where blocks are compiled too; see `use_compiled`."""
+    return _compiled.get(function, function)
+
+
+def use_compiled(wanted: bool) -> None:
+    """Whether the chunks' arithmetic is compiled from now on."""
+    _compiled.clear()
+    if wanted:
+        for function in (_chunk_loss, _chunk_slope_):
+            _compiled[function] = torch.compile(function, dynamic=False)
+
+
+def _accumulate(gradient_vd: Tensor, slope_nv: Tensor, chunk_nd: Tensor, *, first: bool) -> None:
+    """gradient += slopeᵀ · chunk, in the gradient's own type; the first time it is set."""
+    if gradient_vd.dtype == slope_nv.dtype:
+        torch.addmm(gradient_vd, slope_nv.t(), chunk_nd, beta=0 if first else 1, out=gradient_vd)
+    elif first:
+        gradient_vd.copy_(slope_nv.t() @ chunk_nd)
+    else:
+        gradient_vd += slope_nv.t() @ chunk_nd
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_nd: Tensor,
+        weight_vd: Tensor,
+        targets_n: Tensor,
+        vocab_size: int,
+        softcap: float | None,
+        scale: float,
+    ) -> Tensor:
+        count = hidden_nd.shape[0]
+        rows = min(count, flops.head_chunk(hidden_nd.device.type))
+        cast_vd = weight_vd.to(hidden_nd.dtype)
+        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        gradient_nd = torch.empty_like(hidden_nd) if wanted else None
+        gradient_vd = torch.empty_like(weight_vd) if wanted else None
+        total = torch.zeros((), device=hidden_nd.device, dtype=torch.float32)
+        buffer = hidden_nd.new_empty(rows, weight_vd.shape[0])
+        for start in range(0, count, rows):
+            chunk_nd, target_n = hidden_nd[start : start + rows], targets_n[start : start + rows]
+            logits_nv = torch.mm(chunk_nd, cast_vd.t(), out=buffer[: chunk_nd.shape[0]])
+            if gradient_nd is None or gradient_vd is None:
+                total += _fused(_chunk_loss)(logits_nv, target_n, vocab_size, softcap)
+                continue
+            loss, factor_n1 = _slope_(logits_nv, target_n, vocab_size, softcap, scale)
+            total += loss
+            torch.mm(logits_nv, cast_vd, out=gradient_nd[start : start + rows])
+            gradient_nd[start : start + rows] *= factor_n1
+            _accumulate(gradient_vd, logits_nv, (chunk_nd * factor_n1).to(chunk_nd.dtype), first=start == 0)
+        if wanted:
+            ctx.save_for_backward(gradient_nd, gradient_vd)
+        return total * scale
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        gradient_nd, gradient_vd = ctx.saved_tensors
+        return gradient_nd.mul_(outputs[0].to(gradient_nd.dtype)), gradient_vd.mul_(outputs[0]), None, None, None, None
+
+
+def linear_cross_entropy(
+    hidden_nd: Tensor,
+    weight_vd: Tensor,
+    targets_n: Tensor,
+    *,
+    vocab_size: int,
+    softcap: float | None = None,
+    denominator: float,
+) -> Tensor:
+    """Sum over tokens of −log softmax(hidden · weightᵀ)[target], divided by `denominator`; a float32 scalar.
+
+    `weight_vd` may have more rows than `vocab_size`: they are no part of the softmax. Targets of −1 do not count.
+    """
+    scale = 1.0 / denominator
+    return cast(
+        Tensor, _LinearCrossEntropy.apply(hidden_nd, weight_vd, targets_n, vocab_size, softcap, scale)  # type: ignore[no-untyped-call]
+    )

@@ -1,0 +1,66 @@
+"""How many sequences one process takes at a time. The loss does not depend on it; memory and speed do."""
+
+from __future__ import annotations
+
+import torch
+
+from trainer import config as configuration
+from trainer import flops
+from trainer.config import ConfigError, TrainerConfig
+from trainer.distributed import World
+
+ENOUGH_TOKENS = {"cuda": 65_536, "cpu": 16_384}
+"""Tokens of a microbatch beyond which nothing gets faster."""
+USABLE = 0.92
+"""Share of a GPU's memory that a prediction may fill."""
+
+
+def candidates(config: TrainerConfig, processes: int) -> list[int]:
+    """Microbatch sizes that divide a process's share of the global batch, largest first, none longer than useful."""
+    share = config.train.global_batch_size // processes
+    limit = max(1, ENOUGH_TOKENS[config.train.device] // config.model.context_length)
+    return [size for size in reversed(configuration.divisors(share)) if size <= limit]
+
+
+def predicted(config: TrainerConfig, processes: int, memory_gib: float | None) -> int:
+    """The largest candidate that is predicted to fit into `memory_gib` (None: no limit). Raises ConfigError where not
+    even one sequence would."""
+    for size in candidates(config, processes):
+        if memory_gib is None or flops.memory_gib(config.model, config.train, size, processes) <= USABLE * memory_gib:
+            return size
+    needed = flops.memory_gib(config.model, config.train, 1, processes)
+    raise ConfigError("train.microbatch_size",
+                      f"one sequence needs about {needed:.1f} GiB, the device has {memory_gib:.1f}; choose sharding: fsdp, "
+                      "activation_checkpointing: true, or a smaller model")  # fmt: skip
+
+
+def device_memory_gib(device: torch.device) -> float | None:
+    """Memory of a GPU; None on a CPU, where nothing is predicted to be short."""
+    if device.type != "cuda":
+        return None
+    return float(torch.cuda.get_device_properties(device).total_memory) / 2**30
+
+
+def would_fit(config: TrainerConfig, here: World, size: int) -> str:
+    """What to try after running out of memory at `size`: a sentence."""
+    smaller = [other for other in candidates(config, here.size) if other < size]
+    needed = flops.memory_gib(config.model, config.train, size, here.size)
+    text = f"microbatch_size {size} was predicted to need {needed:.1f} GiB"
+    total = device_memory_gib(here.device)
+    if total is not None:
+        text += f" of the device's {total:.1f}"
+        smaller = [n for n in smaller if flops.memory_gib(config.model, config.train, n, here.size) <= 0.85 * total]
+    return text + (f"; microbatch_size {smaller[0]} would fit" if smaller else "; no smaller one is predicted to fit")
+
+
+def choose(config: TrainerConfig, here: World, recorded: int | None) -> int:
+    """The microbatch size of this run, the same on every rank: the spec's; or the one that the checkpoint was trained
+    with, so that a resumed run is bit-identical; or the predicted one."""
+    wanted = config.train.microbatch_size
+    if wanted != "auto":
+        return wanted
+    share = config.train.global_batch_size // here.size
+    if recorded is not None and share % recorded == 0:
+        return recorded
+    size: int = here.tell(predicted(config, here.size, device_memory_gib(here.device)) if here.rank == 0 else None)
+    return size

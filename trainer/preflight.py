@@ -1,0 +1,92 @@
+"""`torchrun … -m trainer preflight`: can every process use its GPU, and do they talk to each other fast enough?
+
+Run on a node before its first training step. Prints one JSON document on rank 0 and exits with 0, or with 6 where a
+check fails: the node is not what was rented.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+FLOOR_BYTES_PER_SECOND = 4e9
+"""Bus bandwidth of the all-reduce below which GPUs of one node are not connected as they should be: half of what PCIe 4.0 x8
+gives; NVLink gives hundreds of gigabytes."""
+BUFFER_BYTES = 64 * 2**20
+ROUNDS = 5
+
+
+def check(device: str, floor: float) -> dict[str, Any]:
+    """Allocate, multiply and all-reduce on every rank; the same document on all of them. Raises RuntimeError with the reason."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise RuntimeError(
+                f"rank {rank}: torch {torch.__version__} cannot use a GPU here (CUDA build {torch.version.cuda})"
+            )
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=120))
+    try:
+        where = torch.device(device, local) if device == "cuda" else torch.device("cpu")
+        _multiply(where)
+        bandwidth = _all_reduce(where, world)
+    finally:
+        dist.destroy_process_group()
+    if world > 1 and bandwidth < floor:
+        raise RuntimeError(
+            f"all-reduce over {world} processes moves {bandwidth / 1e9:.2f} GB/s, at least {floor / 1e9:g} are expected"
+        )
+    return {
+        "world_size": world,
+        "device": device,
+        "torch": torch.__version__,
+        "bus_bytes_per_second": round(bandwidth),
+    }
+
+
+def _multiply(where: torch.device) -> None:
+    """A matrix product whose result is known: each entry of ones(n, n) @ ones(n, n) is n."""
+    ones = torch.ones(512, 512, device=where)
+    if not bool(torch.all(ones @ ones == 512)):
+        raise RuntimeError(f"{where} multiplies wrongly")
+
+
+def _all_reduce(where: torch.device, world: int) -> float:
+    """Bus bandwidth, bytes/s, of the best of a few all-reduces: 2·(n−1)/n·bytes / seconds (the convention of nccl-tests)."""
+    buffer = torch.ones(BUFFER_BYTES // 4, device=where)
+    best = float("inf")
+    for _ in range(ROUNDS):
+        if where.type == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        dist.all_reduce(buffer)
+        if where.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+        buffer.fill_(1.0)
+    return 2 * (world - 1) / world * BUFFER_BYTES / best if world > 1 else 0.0
+
+
+def main(argv: list[str]) -> int:
+    """The command line: `--device cuda|cpu [--floor BYTES_PER_SECOND]`."""
+    parser = argparse.ArgumentParser(prog="python -m trainer preflight", description=check.__doc__)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--floor", type=float, default=FLOOR_BYTES_PER_SECOND)
+    options = parser.parse_args(argv)
+    try:
+        found = check(options.device, options.floor)
+    except RuntimeError as error:
+        sys.stderr.write(f"preflight: {error}\n")
+        return 6
+    if int(os.environ.get("RANK", "0")) == 0:
+        sys.stdout.write(json.dumps(found) + "\n")
+    return 0
