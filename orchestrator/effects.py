@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import singledispatchmethod
 from typing import Any, Protocol
 
@@ -26,6 +26,10 @@ from runs import events as e
 from runs.facts import ENDED, Inventory, Marker, NodeFacts, Offer, lease_minutes
 from runs.record import NodeRecord, RunRecord
 from runs.store import Store
+
+
+BOOTING_NOTED = timedelta(seconds=30)
+"""How often it is noted that a node still boots: billing begins later than that, whoever sees it active."""
 
 
 @dataclass(frozen=True)
@@ -168,11 +172,16 @@ class Hands:
         """The event that `facts` add to what is known of a node, if any; `before`: when it was last looked at."""
         if facts is None or node.gone_at is not None:
             return None
-        known = (node.status, node.ip, node.port)
-        if (facts.status, facts.ip or node.ip, facts.port if facts.ip else node.port) == known:
+        known, now = (node.status, node.ip, node.port), self.clock.now()
+        same = (facts.status, facts.ip or node.ip, facts.port if facts.ip else node.port) == known
+        noted = node.observed_at or node.intended_at
+        boots_still = facts.status == "booting" and now - noted >= BOOTING_NOTED
+        accepted = node.terminate_accepted_at
+        goes_on = facts.status not in ENDED | {"terminating"} and accepted is not None and noted <= accepted
+        if same and not boots_still and not goes_on:
             return None
         return e.node_stream(node.key), e.NodeObserved(
-            at=self.clock.now(),
+            at=now,
             status=facts.status,
             ip=facts.ip,
             port=facts.port,

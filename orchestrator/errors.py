@@ -3,6 +3,7 @@
     CommandError              what happened, why, what to do now; exit_code 1
     ├── Usage                 2: arguments that do not go together, or a question that nobody can answer
     ├── Invalid               3: a file, a folder or a setting that cannot serve
+    ├── NoOffer               5: nothing that can be rented is what the spec asks for
     ├── OverBudget            5: the plan does not fit the limits
     ├── Unverified            7: bytes that are not what their manifest says
     ├── MayBill               8: a termination that was not confirmed
@@ -26,10 +27,11 @@ class CommandError(Exception):
     exit_code = exits.UNEXPECTED
     code = "error"
 
-    def __init__(self, message: str, hint: str = "", *, run: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self, message: str, hint: str = "", *, run: str | None = None, code: str | None = None
+    ) -> None:
         super().__init__(message)
-        self.hint = hint
-        self.run = run
+        self.hint, self.run = hint, run
         self.code = code or type(self).code
 
 
@@ -45,6 +47,13 @@ class Invalid(CommandError):
 
     exit_code = exits.INVALID
     code = "invalid"
+
+
+class NoOffer(CommandError):
+    """Nothing that can be rented is what the spec asks for."""
+
+    exit_code = exits.NO_OFFER
+    code = "no-offer"
 
 
 class OverBudget(CommandError):

@@ -49,7 +49,9 @@ def lines(home: Path, rows: Iterable[dict[str, Any]]) -> list[str]:
                     f" Try `llmctl stop {row['run']}`, `llmctl reap`, or the provider's console"
                 )
         if needs_driver(row) and not driven:
-            said.append(f"WARNING: {row['run']} has no driver: nobody watches it. `llmctl resume {row['run']}` starts one")
+            said.append(
+                f"WARNING: {row['run']} has no driver: nobody watches it. `llmctl resume {row['run']}` starts one"
+            )
     return said
 
 

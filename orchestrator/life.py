@@ -49,6 +49,7 @@ def _answers(run: RunRecord, world: w.World, now: datetime) -> Iterator[w.Effect
     if run.live and run.attempt is not None:
         yield _limits(run, world, now)
         yield _dead(run, world, now)
+        yield _watch(run, world, now)
         yield _stage(run, run.attempt, world, now)
     elif run.live:
         yield verdict.between(run, world, now)
@@ -170,6 +171,14 @@ def _dead(run: RunRecord, world: w.World, now: datetime) -> w.Effect | w.Wait | 
     return None
 
 
+def _watch(run: RunRecord, world: w.World, now: datetime) -> w.Effect | w.Wait | None:
+    """Whatever a node is doing, its provider is asked for it once a minute; sooner where it does not answer."""
+    if not any(node.alive for node in run.attempt_nodes()):
+        return None
+    silent = any(not contact.reachable for contact in world.contacts.values())
+    return world.look(now, 20.0 if silent else 60.0, run.state)
+
+
 def _illness(
     run: RunRecord, node: NodeRecord, found: NodeFacts | None, world: w.World, now: datetime
 ) -> str | None:
@@ -184,10 +193,10 @@ def _illness(
     if node.ready_at is None:
         boot = timedelta(seconds=parse_duration(run.spec["node"]["boot_timeout"]))
         return "boot-timeout" if now - node.intended_at > boot else None
-    shown_active = found is not None and found.status == "active"
-    if contact is not None and not contact.reachable and shown_active and now - contact.since > UNREACHABLE:
-        return "unreachable"
-    return None
+    if contact is None or contact.reachable or now - contact.since <= UNREACHABLE:
+        return None
+    shown = world.shown(node, contact.since)
+    return "unreachable" if shown is not None and shown.status == "active" else None
 
 
 # ---------------------------------------------------------------- the open attempt
@@ -268,7 +277,7 @@ def _prepare(
         if left <= 0:
             return w.Prepare(node.key)
         return None if ready else w.Wait(left, f"preparing again soon: {job.reason}")
-    return w.Wait(5.0, "preparing")
+    return w.Wait(60.0, "preparing")
 
 
 def _train(run: RunRecord, attempt: AttemptRecord, world: w.World, now: datetime) -> w.Effect | w.Wait | None:
@@ -278,25 +287,25 @@ def _train(run: RunRecord, attempt: AttemptRecord, world: w.World, now: datetime
     if attempt.token is None:
         return w.StartTrainer(token, end)
     if trainer is None or (trainer.token != token and trainer.state != "absent"):
-        return w.Wait(5.0, "asking the node")
+        return w.Wait(20.0, "asking the node")
     failing = _failing(attempt)
     if trainer.state in {"absent", "dead"}:
         if run.stop is not None or failing is not None:
             return _collect(run, attempt, failing or "stopped", world, now)
         return _start_again(attempt, token, end, world, now)
     if trainer.state == "ended":
-        return world.look(now, 60.0, "the trainer has ended")
+        return w.Wait(60.0, "the trainer has ended")
     if run.stop is not None or failing is not None:
         checkpoint = run.stop is None or run.stop.checkpoint
         asked = trainer.state == "stopping" and (checkpoint or not trainer.graceful)
-        return world.look(now, 60.0, "stopping") if asked else _ask_stop(world, checkpoint, now)
+        return w.Wait(60.0, "stopping") if asked else _ask_stop(world, checkpoint, now)
     if (
         trainer.deadline is not None
         and end is not None
         and abs(trainer.deadline - end) > timedelta(minutes=1)
     ):
         return _start_again(attempt, token, end, world, now)
-    return world.look(now, 60.0, "training")
+    return w.Wait(60.0, "training")
 
 
 def _start_again(
@@ -342,7 +351,7 @@ def _collect(
     if terms.no_time_left(run, now):
         return _close(run, nodes, reason if here else "out-of-time", now)
     if job is not None and job.state == "running":
-        return world.look(now, 60.0, "collecting")
+        return w.Wait(60.0, "collecting")
     left = _left(job.at, job.failures, now) if job is not None else 0
     if left > 0:
         return w.Wait(left, f"collecting again soon: {job.reason if job else ''}")

@@ -78,6 +78,14 @@ def trainer_path(spec: dict[str, Any]) -> Path:
     return Path(chosen) if chosen else Path(trainer.__file__).parent
 
 
+def package_hash(path: Path) -> str:
+    """The content of a trainer package."""
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*.py")):
+        digest.update(f"{file.relative_to(path)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def directory(run: str) -> str:
     """A run's directory on its nodes."""
     return f"~/llmctl/runs/{run}"
@@ -182,7 +190,7 @@ def _code(remote: Remote, run: RunRecord, plan: Plan, complete: Done) -> None:
     sent = transfer.push_tree(remote, plan.trainer_path, f"{directory(run.run)}/trainer")
     body = json.dumps(node_config(plan, run), indent=1).encode()
     remote.write(f"{directory(run.run)}/config.json", body, 0o644)
-    key = hashlib.sha256(sent.digest.encode() + body).hexdigest()[:16]
+    key = hashlib.sha256(package_hash(plan.trainer_path).encode() + body).hexdigest()[:16]
     complete("code", Lane(key, time.monotonic() - started, sent.bytes_sent, {"method": sent.method}))
 
 
@@ -320,6 +328,7 @@ class Start:
     addresses: list[str]
     """Of all nodes, on the private network where there is one; the first is the rendezvous."""
     environment: dict[str, Any]
+    cpus: int = 1
 
 
 RENDEZVOUS_PORT = 29400
@@ -335,6 +344,8 @@ def start(remote: Remote, run: RunRecord, secrets: Mapping[str, str], how: Start
         remote.write(f"{place}/{secrets_file}", body.encode(), 0o600)
     remote.write(f"{place}/job.json", json.dumps(job(run, how, secrets_file), indent=1).encode(), 0o644)
     remote.run(["rm", "-f", *(_bare(f"{place}/{name}") for name in ("stop", "stop-request.json"))])
+    if how.deadline is not None:  # for a supervisor that runs already: `extend` moved its deadline
+        remote.write(f"{place}/deadline", f"{how.deadline.timestamp():.0f}\n".encode(), 0o644)
     argv = [how.environment["python"], "-m", "trainer", "supervise", "start"]
     remote.detach(argv, cwd=place, log="supervisor.log")
 
@@ -351,7 +362,8 @@ def job(run: RunRecord, how: Start, secrets_file: str | None) -> dict[str, Any]:
                       "--rdzv-endpoint", end, "--local-addr", how.addresses[how.rank]]  # fmt: skip
     argv = [how.environment["python"], "-m", "torch.distributed.run", *rendezvous, "--nproc-per-node", str(processes),
             "--max-restarts", "0", "-m", "trainer", "train", "--config", "config.json", "--out", "."]  # fmt: skip
-    env = {**how.environment.get("env", {}), **run.spec["node"]["env"]}
+    threads = max(1, how.cpus // processes) if run.spec["train"]["device"] == "cpu" else 1
+    env = {"OMP_NUM_THREADS": threads, **how.environment.get("env", {}), **run.spec["node"]["env"]}
     return {
         "token": how.token,
         "argv": argv,

@@ -92,6 +92,8 @@ class Remote:
         self.address = address
         self.connections = 0
         """How many connections were opened so far."""
+        self.memory: dict[str, object] = {}
+        """What callers remember about this node as long as this object lives."""
         self._connect_timeout = connect_timeout
         self._lock = threading.Lock()
         self._free = threading.BoundedSemaphore(_SESSIONS)

@@ -93,6 +93,7 @@ class NodeSite:
             run.attempt,
             [self._watches[key] for key in run.attempt.keys if key in self._watches],
         )
+        cpus = [int(node.facts.get("cpus") or 1) for node in run.attempt_nodes()]
         addresses = [node.private_ip or node.ip or "" for node in run.attempt_nodes()]
 
         def work() -> None:
@@ -102,7 +103,7 @@ class NodeSite:
                     watch.remote,
                     run,
                     self._plan.secrets,
-                    prepare.Start(token, deadline, rank, addresses, lane.detail),
+                    prepare.Start(token, deadline, rank, addresses, lane.detail, cpus[rank]),
                 )
                 watch.asked()
 

@@ -9,6 +9,7 @@ import json
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from orchestrator.clock import Clock
@@ -148,7 +149,9 @@ class Watch:
         if word != "ended" and started - self._fresh_at > SILENT_SECONDS and not self._lives():
             word = "dead"
         graceful = word != "stopping" or state.get("checkpoint") is not False
-        self._see(TrainerView(word, state.get("token"), self._clock.now(), graceful), started)
+        until = state.get("deadline")
+        deadline = datetime.fromtimestamp(until, UTC) if until else None
+        self._see(TrainerView(word, state.get("token"), self._clock.now(), graceful, deadline), started)
 
     def _lives(self) -> bool:
         """Whether the silent supervisor's process exists."""

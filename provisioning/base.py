@@ -96,7 +96,7 @@ class LaunchRequest:
     """Random id of this LLMCTL_HOME."""
     public_key: str
     """OpenSSH public key that may log in."""
-    host_private_key: str | None
+    host_private_key: str | None = field(repr=False)
     """ed25519 host key (OpenSSH format) that the node shall use; None: accept what it has (host_key: accept-new)."""
     host_public_key: str | None
     options: dict[str, object] = field(default_factory=dict)

@@ -17,14 +17,17 @@ GUARD_DIRECTORY = "/var/lib/llmctl-guard"
 _UNITS = "/etc/systemd/system"
 
 
+RISK = (
+    "self_terminate leaves the Lambda API key on the node. A key can do all that the account can, and `ubuntu` has sudo "
+    "without a password: whatever runs there, every package included, can read it and rent machines with it. Make a "
+    "workspace and a key for llmctl alone to bound the damage."
+)
+"""What `node.self_terminate: true` means, to be shown where it is switched on."""
+
+
 @dataclass(frozen=True, repr=False)
 class SelfTerminate:
-    """What a node needs to end itself when its lease is over (`node.self_terminate: true`).
-
-    The risk: a Lambda API key can do everything that the account can, and `ubuntu` has sudo without a password. Whatever
-    runs on the node, each package of the environment included, can therefore read the key, from the guard's file or from
-    the user data, and launch machines with it. A workspace and a key made for llmctl alone bound the damage.
-    """
+    """What a node needs to end itself when its lease is over (`node.self_terminate: true`); see RISK."""
 
     api_key: str
     base_url: str
@@ -64,6 +67,7 @@ def guard_files(guard: SelfTerminate) -> list[dict[str, str]]:
         "base_url": guard.base_url,
         "intent": guard.intent,
         "lease_end": int(guard.lease_end.timestamp()),
+        "pause_seconds": 1.1,  # between two requests: Lambda's limit
     }
     files = [
         (f"{GUARD_DIRECTORY}/settings.json", "0600", json.dumps(settings)),
@@ -173,7 +177,7 @@ def main():
         if not ids:
             print("llmctl-guard: the lease is over, but the instance list does not show this machine", file=sys.stderr)
             return 0 if instances else 1
-        time.sleep(1.1)
+        time.sleep(settings["pause_seconds"])
         call(settings, "/instance-operations/terminate", {"instance_ids": ids})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         # The request, and with it the key, is in no message.

@@ -182,11 +182,11 @@ class LambdaApi:
         params: dict[str, str] | None = None,
     ) -> Answer:
         """An exchange that may be repeated: at most five times within a minute, because the limits are tight and an
-        outage is better seen early. Raises Unavailable, CredentialsError, Refused."""
+        outage is better seen early. Raises Unavailable, CredentialsError; Refused only where something was to change."""
         try:
             return self._repeated(method, path, json, params)
         except ApiError as error:
-            raise self._explained(error, f"{method} {path}") from None
+            raise self._explained(error, method, path) from None
 
     def look_up(self, path: str) -> Answer | None:
         """One object; None where Lambda says that there is none."""
@@ -195,7 +195,7 @@ class LambdaApi:
         except ApiError as error:
             if error.code in GONE_CODES:
                 return None
-            raise self._explained(error, f"GET {path}") from None
+            raise self._explained(error, "GET", path) from None
 
     def send(self, path: str, json: dict[str, Any], *, launch: bool = False, urgent: bool = False) -> Answer:
         """An effect, sent once. Raises Refused, NoCapacity, CredentialsError where Lambda said no; Ambiguous otherwise."""
@@ -210,7 +210,7 @@ class LambdaApi:
                     code=error.code or _transport_code(error),
                     hint="the instance list decides; see also " + CONSOLE,
                 ) from None
-            raise self._explained(error, f"POST {path}") from None
+            raise self._explained(error, "POST", path) from None
 
     def _repeated(
         self, method: str, path: str, json: dict[str, Any] | None, params: dict[str, str] | None
@@ -259,6 +259,8 @@ class LambdaApi:
             raise CredentialsError(
                 f"LAMBDA_API_BASE_URL is no URL: {self.url}", code="insecure-url"
             ) from None
+        finally:
+            self._limiter.done(launch=launch)
         return Answer(self._body(response.status_code, response.headers, response.content), sent_at)
 
     @cached_property
@@ -294,8 +296,8 @@ class LambdaApi:
         what = f"{_scrubbed(code, self.credentials)}: {_scrubbed(str(error.get('message', '')), self.credentials)}"
         raise ApiError(what, status=status, code=code, retry_after=retry_after)
 
-    def _explained(self, error: ApiError, what: str) -> ProviderError:
-        message = f"Lambda: {what}: {error}"
+    def _explained(self, error: ApiError, method: str, path: str) -> ProviderError:
+        message = f"Lambda: {method} {path}: {error}"
         if error.code in ACCOUNT_CODES:
             return CredentialsError(message, code=error.code, hint=ACCOUNT_CODES[error.code])
         if error.unclear:
@@ -306,7 +308,8 @@ class LambdaApi:
             return NoCapacity(
                 message, code=code, hint="another region or type may have some; or `llmctl launch --wait 6h`"
             )
-        return Refused(message, code=code, hint=HINTS.get(code, ""))
+        kind = Unavailable if method == "GET" else Refused
+        return kind(message, code=code, hint=HINTS.get(code, ""))
 
 
 def _transport_code(error: ApiError) -> str:

@@ -156,7 +156,8 @@ class LambdaCloud:
         def fetch() -> tuple[float, str]:
             answer = self._api.read("GET", "/instances")
             nodes = [node_facts(instance) for instance in answer.parsed(_INSTANCES)]
-            return answer.sent_at, _NODES.dump_json(nodes).decode()
+            # To the microsecond, as the caller sees it: `newer_than=inventory.at` must not find this one again.
+            return utc(answer.sent_at).timestamp(), _NODES.dump_json(nodes).decode()
 
         at, text = self._shared.read(fetch, newer_than=newer_than.timestamp() if newer_than else None)
         return Inventory(at=utc(at), nodes=_NODES.validate_json(text))
@@ -314,11 +315,16 @@ class LambdaCloud:
         name = self._own_key_name()
         if any(key.name == name for key in keys):
             name = f"{name}-{hashlib.sha256(mine.encode()).hexdigest()[:8]}"
-        try:
-            self._api.send("/ssh-keys", {"name": name, "public_key": request.public_key.strip()})
-        except Ambiguous:
-            if not any(_key_material(key.public_key) == mine for key in self._registered_keys()):
-                raise
+        body = {"name": name, "public_key": request.public_key.strip()}
+        for last in (False, False, True):
+            try:
+                self._api.send("/ssh-keys", body)
+                break
+            except Ambiguous:  # registering the same key again is harmless, unlike a launch
+                if any(_key_material(key.public_key) == mine for key in self._registered_keys()):
+                    break
+                if last:
+                    raise
         return name
 
     def _registered_keys(self) -> list[SSHKey]:

@@ -42,7 +42,12 @@ async def _serve(directory: Path, introduction: Mapping[str, object]) -> str:
     stop = asyncio.Event()
     children = _Children()
     loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGTERM, lambda: (stop.set(), children.changed.set()))
+
+    def terminate() -> None:
+        stop.set()
+        children.changed.set()
+
+    loop.add_signal_handler(signal.SIGTERM, terminate)
     loop.add_signal_handler(signal.SIGCHLD, children.changed.set)
     user, authorized = wanted["user"], asyncssh.import_public_key(wanted["authorized_key"])
 

@@ -24,11 +24,11 @@ LONGEST_BACK_OFF_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds between requests. The defaults are Lambda's documented limits (1 request/s, 1 launch per 12 s) and a
-    margin for requests that the network brings closer together."""
+    """Seconds between requests, counted from the end of the one before: what the network delays cannot then bring two
+    of them closer together. The defaults are Lambda's documented limits (1 request/s, 1 launch per 12 s) and a margin."""
 
-    request_seconds: float = 1.1
-    launch_seconds: float = 12.5
+    request_seconds: float = 1.05
+    launch_seconds: float = 12.2
     patience_seconds: float = 300.0
     """Waiting longer than this for a turn is given up: nothing was sent."""
 
@@ -105,6 +105,14 @@ class Limiter:
                     hint=f"other llmctl processes use the same account; if there are none, delete {self._path}",
                 )
             self._sleep(seconds)
+
+    def done(self, *, launch: bool = False) -> None:
+        """The request has been answered, or given up: the next one keeps its distance from now."""
+        with _locked(self._path, self._sleep) as descriptor:
+            turns, now = _load(descriptor), self._now()
+            request_at = max(turns.request_at, now + self._rates.request_seconds)
+            launch_at = max(turns.launch_at, now + self._rates.launch_seconds) if launch else turns.launch_at
+            _save(descriptor, replace(turns, request_at=request_at, launch_at=launch_at))
 
     def back_off(self, seconds: float) -> None:
         """The provider said: not before `seconds` from now. Holds for every process."""

@@ -8,10 +8,9 @@ provider confirms that it is gone. Until then the figure is an upper bound and s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from itertools import pairwise
 
 from runs.events import PHASES, Phase
 from runs.facts import Tariff
@@ -92,7 +91,7 @@ def _end(node: NodeRecord, now: datetime) -> tuple[datetime, bool]:
 
 def total(run: RunRecord, now: datetime) -> int:
     """Micro-dollars of all nodes of the run so far."""
-    return sum(bill.micro_usd for node in run.nodes if (bill := node_bill(node, now)))
+    return sum(bill.micro_usd for _, bill in bills(run, now))
 
 
 def rate(run: RunRecord) -> int:
@@ -104,21 +103,14 @@ def rate(run: RunRecord) -> int:
     )
 
 
-def final(run: RunRecord, now: datetime) -> bool:
-    """Whether the total can still change."""
-    return all(node.settled for node in run.nodes) and all(
-        bill.final for node in run.nodes if (bill := node_bill(node, now))
-    )
+def bills(run: RunRecord, now: datetime) -> list[tuple[NodeRecord, Bill]]:
+    """The nodes of a run that have a bill, with it."""
+    return [(node, bill) for node in run.nodes if (bill := node_bill(node, now))]
 
 
 def charges(run: RunRecord, now: datetime) -> list[Charge]:
     """The bill of a run, by node and phase: intervals that do not overlap and whose dollars sum to the bill."""
-    result: list[Charge] = []
-    for node in run.nodes:
-        bill = node_bill(node, now)
-        if bill is not None:
-            result += _node_charges(run, node, bill)
-    return result
+    return [charge for node, bill in bills(run, now) for charge in _node_charges(run, node, bill)]
 
 
 def _node_charges(run: RunRecord, node: NodeRecord, bill: Bill) -> list[Charge]:
@@ -177,24 +169,26 @@ def partition(
 ) -> list[tuple[Phase, datetime, datetime]]:
     """Split [start, end) so that each moment belongs to the first claiming phase in the order of PHASES, else to idle."""
     clipped = [(phase, max(a, start), min(b, end)) for phase, a, b in claims if max(a, start) < min(b, end)]
-    cuts = sorted({start, end, *(a for _, a, _ in clipped), *(b for _, _, b in clipped)})
-    rank = {phase: index for index, phase in enumerate(PHASES)}
-    events: list[tuple[datetime, int, int]] = []
-    for phase, a, b in clipped:
-        events += [(a, 1, rank[phase]), (b, -1, rank[phase])]
-    events.sort()
-    active, position = [0] * len(PHASES), 0
+    if start == end:
+        return [("idle", start, end)]
+    changes = [(a, rank, 1) for phase, a, _ in clipped for rank in (_RANK[phase],)]
+    changes += [(b, rank, -1) for phase, _, b in clipped for rank in (_RANK[phase],)]
+    changes.sort()
+    active, since = [0] * len(PHASES), start
     pieces: list[tuple[Phase, datetime, datetime]] = []
-    for a, b in pairwise(cuts):
-        while position < len(events) and events[position][0] <= a:
-            active[events[position][2]] += events[position][1]
-            position += 1
-        phase = next((PHASES[index] for index, count in enumerate(active) if count), "idle")
-        if pieces and pieces[-1][0] == phase:
-            pieces[-1] = (phase, pieces[-1][1], b)
-        else:
-            pieces.append((phase, a, b))
-    return pieces or ([("idle", start, end)] if start == end else pieces)
+    for at, rank, change in [*changes, (end, 0, 0)]:
+        if at > since:
+            phase = next((PHASES[index] for index, count in enumerate(active) if count), "idle")
+            if pieces and pieces[-1][0] == phase:
+                pieces[-1] = (phase, pieces[-1][1], at)
+            else:
+                pieces.append((phase, since, at))
+            since = at
+        active[rank] += change
+    return pieces
+
+
+_RANK = {phase: index for index, phase in enumerate(PHASES)}
 
 
 @dataclass(frozen=True)
@@ -222,27 +216,18 @@ class Totals:
 
 def totals(run: RunRecord, now: datetime) -> Totals:
     """Sums over all nodes of a run."""
-    items: Sequence[Charge] = charges(run, now)
     by_phase: dict[str, int] = {}
     seconds: dict[str, float] = {}
-    for item in items:
-        by_phase[item.phase] = by_phase.get(item.phase, 0) + item.micro_usd
-        seconds[item.phase] = seconds.get(item.phase, 0.0) + item.seconds
-    bills = [bill for node in run.nodes if (bill := node_bill(node, now))]
+    found = bills(run, now)
+    for node, bill in found:
+        for item in _node_charges(run, node, bill):
+            by_phase[item.phase] = by_phase.get(item.phase, 0) + item.micro_usd
+            seconds[item.phase] = seconds.get(item.phase, 0.0) + item.seconds
     return Totals(
-        micro_usd=sum(bill.micro_usd for bill in bills),
-        billed_seconds=sum(bill.seconds for bill in bills),
+        micro_usd=sum(bill.micro_usd for _, bill in found),
+        billed_seconds=sum(bill.seconds for _, bill in found),
         training_seconds=seconds.get("training", 0.0),
         by_phase=by_phase,
         seconds_by_phase=seconds,
-        final=final(run, now),
+        final=all(node.settled for node in run.nodes) and all(bill.final for _, bill in found),
     )
-
-
-def exhausted_at(run: RunRecord, now: datetime, max_micro_usd: int) -> datetime | None:
-    """When the budget will be used up if every billing node goes on; None where nothing bills."""
-    speed = rate(run)
-    if speed <= 0:
-        return None
-    left = max_micro_usd - total(run, now)
-    return now + timedelta(hours=left / speed)

@@ -69,7 +69,7 @@ def _observed(node: NodeRecord, event: e.NodeObserved) -> NodeRecord:
     changes["micro_usd_per_hour"] = event.micro_usd_per_hour or node.micro_usd_per_hour
     changes["observed_at"] = event.at
     if event.status not in {"booting", "unknown"} and node.active_at is None:
-        last = node.observed_at if node.status == "booting" else None
+        last = node.observed_at if node.status in {"booting", None} else None
         changes["active_not_before"] = node.active_not_before or event.not_before or last or node.intended_at
         changes["active_at"] = event.at if event.status in {"active", "unhealthy"} else None
     return _with(node, **changes)
@@ -100,9 +100,11 @@ def _terminate_intended(node: NodeRecord, event: e.TerminateIntended) -> NodeRec
 def _terminate_answered(node: NodeRecord, event: e.TerminateAnswered) -> NodeRecord:
     if not event.accepted:
         return node
-    # Asked again because it went on as if nothing had been said: the earlier acceptance was worth nothing.
-    believed = node.terminate_accepted_at if node.status == "terminating" else None
-    return _with(node, terminate_accepted_at=believed or event.at)
+    accepted = node.terminate_accepted_at
+    if accepted is not None and node.observed_at is not None and node.observed_at > accepted:
+        if node.status in {"booting", "active", "unhealthy"}:
+            accepted = None  # it was seen to go on as if nothing had been said: that acceptance was worth nothing
+    return _with(node, terminate_accepted_at=accepted or event.at)
 
 
 def _gone(node: NodeRecord, event: e.NodeGone) -> NodeRecord:
@@ -124,7 +126,7 @@ _NODE: dict[type, Callable[[NodeRecord, Any], NodeRecord]] = {
     e.LaunchFound: _answered,
     e.LaunchRefused: _refused,
     e.LaunchAmbiguous: lambda node, _: _with(node, answer="ambiguous"),
-    e.LaunchAbandoned: lambda node, _: _with(node, answer="abandoned"),
+    e.LaunchAbandoned: lambda node, event: _with(node, answer="abandoned", observed_at=event.at),
     e.NodeObserved: _observed,
     e.NodeReady: _ready,
     e.PreflightFailed: lambda node, event: _with(node, preflight_failed=event.reason),

@@ -263,7 +263,7 @@ def _append(intervals: list[Interval], phase: str, start: float, end: float) -> 
         return
     last = intervals[-1]
     start = max(start, last.end)
-    if end <= start:
+    if end - start < 0.001:
         return
     gap = start - last.end
     if last.phase == phase and gap <= max(0.05, 0.2 * (end - start)):

@@ -40,7 +40,7 @@ class NodeRecord(Fact):
     """First seen active; `active_not_before` is the last moment at which it was known not to be."""
     active_not_before: datetime | None = None
     observed_at: datetime | None = None
-    """When `status` was noted: it changed between then and the look before."""
+    """When `status` was noted, or that there was no such node (abandoned)."""
     ready_at: datetime | None = None
     host_key: str = ""
     boot_id: str = ""

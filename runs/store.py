@@ -64,6 +64,7 @@ class Store:
         self.path = home / "llmctl.db"
         self._runs: dict[str, RunRecord] = {}
         self._nodes: dict[str, NodeRecord] = {}
+        self._views: dict[str, RunRecord] = {}
         self._seen_version = -1
         try:
             if not read_only:
@@ -96,16 +97,19 @@ class Store:
     def _transaction(self, kind: str = "IMMEDIATE") -> Iterator[None]:
         self._db.execute(f"BEGIN {kind}")
         try:
-            # Records read before are kept, parsed, until another connection has written.
-            version = self._db.execute("PRAGMA data_version").fetchone()[0]
-            if version != self._seen_version:
-                self._runs, self._nodes, self._seen_version = {}, {}, version
+            self._forget_stale()
             yield
             self._db.execute("COMMIT")
         except BaseException:
             if self._db.in_transaction:  # SQLite ends it by itself on a full disk
                 self._db.execute("ROLLBACK")
             raise
+
+    def _forget_stale(self) -> None:
+        """Records that were read are kept, parsed, until another connection has written."""
+        version = self._db.execute("PRAGMA data_version").fetchone()[0]
+        if version != self._seen_version:
+            self._runs, self._nodes, self._views, self._seen_version = {}, {}, {}, version
 
     def close(self) -> None:
         """Close the connection."""
@@ -150,6 +154,7 @@ class Store:
             ) from error
         self._runs |= runs
         self._nodes |= nodes
+        self._views = {}
 
     def _append(
         self,
@@ -213,7 +218,7 @@ class Store:
         runs: dict[str, RunRecord] = {}
         nodes: dict[str, NodeRecord] = {}
         with self._transaction():
-            self._runs, self._nodes = {}, {}
+            self._runs, self._nodes, self._views = {}, {}, {}
             last: dict[str, datetime] = {}
             for stream, body in self._db.execute("SELECT stream, body FROM events ORDER BY seq").fetchall():
                 kind, _, name = stream.partition(":")
@@ -267,9 +272,14 @@ class Store:
         """The record of a run with its nodes, as one commit left them, or None."""
         from runs.record import view
 
-        with self._transaction("DEFERRED"):
-            bare = self._bare(run)
-            return view(bare, tuple(self._select(run, bare))) if bare else None
+        self._forget_stale()
+        if run not in self._views:
+            with self._transaction("DEFERRED"):
+                bare = self._bare(run)
+                if bare is None:
+                    return None
+                self._views[run] = view(bare, tuple(self._select(run, bare)))
+        return self._views[run]
 
     def node(self, key: str) -> NodeRecord | None:
         """One node."""

@@ -1,9 +1,9 @@
 """`python -m trainer COMMAND`: train, bench, evaluate, sample; and, without torch, supervise and pull.
 
-    torchrun --nproc-per-node 2 -m trainer train --config config.json --out DIR [--resume]
-    python -m trainer bench --config config.json --steps 20 --json
-    python -m trainer evaluate --checkpoint DIR --data SHARD --tokens 1000000
-    python -m trainer sample --checkpoint DIR --prompt-tokens 1,2,3
+torchrun --nproc-per-node 2 -m trainer train --config config.json --out DIR [--resume]
+python -m trainer bench --config config.json --steps 20 --json
+python -m trainer evaluate --checkpoint DIR --data SHARD --tokens 1000000
+python -m trainer sample --checkpoint DIR --prompt-tokens 1,2,3
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from pathlib import Path
 def _train(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="trainer train")
     parser.add_argument("--config", type=Path, required=True, help="config.json")
-    parser.add_argument("--out", type=Path, required=True, help="directory for metrics, status and checkpoints")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="directory for metrics, status and checkpoints"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the last whole checkpoint in --out")
     options = parser.parse_args(argv)
     from trainer.loop import run
@@ -77,13 +79,13 @@ def _sample(argv: Sequence[str]) -> int:
 def _supervise(argv: Sequence[str]) -> int:
     from trainer.supervise import main
 
-    return main(argv)
+    return main(list(argv))
 
 
 def _pull(argv: Sequence[str]) -> int:
     from trainer.pull import main
 
-    return main(argv)
+    return main(list(argv))
 
 
 def _preflight(argv: Sequence[str]) -> int:

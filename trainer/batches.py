@@ -76,7 +76,9 @@ def training_reader(data: DataConfig, context_length: int, vocab_size: int) -> R
     sequence at all. With `data.train_tokens` shards may be missing still."""
     if data.train_tokens is not None:
         if len(data.train_tokens) != len(data.train):
-            raise ConfigError("data.train_tokens", f"{len(data.train_tokens)} numbers for {len(data.train)} shards")
+            raise ConfigError(
+                "data.train_tokens", f"{len(data.train_tokens)} numbers for {len(data.train)} shards"
+            )
         tokens = data.train_tokens
     else:
         tokens = [shards.probe(path).tokens for path in data.train]
@@ -156,7 +158,7 @@ class Batches:
             raise slot
         if self._device.type == "cuda":
             tokens = slot.buffer.to(self._device, non_blocking=True)
-            slot.copied = torch.cuda.Event()
+            slot.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             slot.copied.record()
         else:
             tokens = slot.buffer.clone()
@@ -170,7 +172,12 @@ class Batches:
         self._thread.join()
 
 
-def await_shards(reader: Reader, needed: set[int], exchange: Callable[[bool], Sequence[bool]], waiting: Callable[[Path], None]) -> bool:
+def await_shards(
+    reader: Reader,
+    needed: set[int],
+    exchange: Callable[[bool], Sequence[bool]],
+    waiting: Callable[[Path], None],
+) -> bool:
     """Wait until every rank has the shards `needed`. Each rank must call this for the same step.
 
     `exchange(missing)` tells all ranks and returns (any rank misses one, any rank was told to stop); `waiting` is called

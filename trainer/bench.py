@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from trainer import config as configuration
-from trainer import distributed, flops, gpus, microbatch, schedule
+from trainer import distributed, flops, microbatch, schedule
 from trainer.batches import Batches, Reader, training_reader
 from trainer.config import ConfigError, DataConfig, TrainerConfig
 from trainer.distributed import World
-from trainer.loop import build, can_compile, peak_memory_gib, set_precision, use_seed_weights
+from trainer.session import build, can_compile, gpu_of, peak_memory_gib, set_up_process, use_seed_weights
 from trainer.shards import write_bin
 
 WARM_UP_STEPS = 3
@@ -39,7 +39,9 @@ class Measured:
     peak_memory_gib: float
 
 
-def measure(config: TrainerConfig, here: World, reader: Reader, *, microbatch_size: int, steps: int) -> Measured:
+def measure(
+    config: TrainerConfig, here: World, reader: Reader, *, microbatch_size: int, steps: int
+) -> Measured:
     """Run `steps` timed steps after a few that warm up (compiling among them); the median step counts."""
     train = config.train
     model, module, optimizer = build(config, here)
@@ -70,19 +72,14 @@ def measure(config: TrainerConfig, here: World, reader: Reader, *, microbatch_si
     gpu = gpu_of(here.device)
     peak = gpu.bf16_flops * here.size if gpu and gpu.bf16_flops and train.precision == "bf16" else None
     mfu = speed * flops.flops_per_token(config.model) / peak if peak else None
-    return Measured(microbatch_size, config.model.context_length, seconds, speed, mfu, peak_memory_gib(here.device))
+    return Measured(
+        microbatch_size, config.model.context_length, seconds, speed, mfu, peak_memory_gib(here.device)
+    )
 
 
 def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def gpu_of(device: torch.device) -> gpus.Gpu | None:
-    """The row of the GPU table for this device, or None."""
-    if device.type != "cuda":
-        return None
-    return gpus.lookup(torch.cuda.get_device_name(device), microbatch.device_memory_gib(device))
 
 
 def synthetic(config: TrainerConfig, directory: Path, sequences: int) -> Reader:
@@ -118,7 +115,7 @@ def main(argv: Sequence[str]) -> int:
 def bench(config: TrainerConfig, here: World, directory: Path, *, steps: int) -> dict[str, Any]:
     """The document of `bench --json`."""
     configuration.check_batch(config.train, here.size)
-    set_precision(config)
+    set_up_process(config)
     size = microbatch.choose(config, here, None)
     reader = synthetic(config, directory, config.train.global_batch_size)
     measured = measure(config, here, reader, microbatch_size=size, steps=steps)
@@ -144,7 +141,11 @@ def bench(config: TrainerConfig, here: World, directory: Path, *, steps: int) ->
 
 
 def _table(document: dict[str, Any]) -> str:
-    mfu = "unknown: no published dense bf16 peak for this device" if document["mfu"] is None else f"{document['mfu']:.1%}"
+    mfu = (
+        "unknown: no published dense bf16 peak for this device"
+        if document["mfu"] is None
+        else f"{document['mfu']:.1%}"
+    )
     lines = {
         **document,
         "tokens_per_second": f"{document['tokens_per_second']:,.0f}",

@@ -41,8 +41,6 @@ class Snapshot:
     optimizer: dict[str, dict[str, Tensor]]
     facts: dict[str, Any]
     """Plain values that go into training_state.pt."""
-    ready: Any = None
-    """On a GPU the event after which the copies are complete."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class HostCopies:
         self._buffers: dict[str, Tensor] = {}
 
     def take(self, name: str, tensor: Tensor) -> Tensor:
-        """A copy of `tensor` on the host; on a GPU it is under way, and valid until the next of this name."""
+        """A copy of `tensor` on the host; from a GPU it is under way still, and valid until the next of this name."""
         if not self._pinned or tensor.device.type != "cuda":
             return tensor.detach().to("cpu", copy=True)
         buffer = self._buffers.get(name)
@@ -72,7 +70,9 @@ class HostCopies:
         return buffer.copy_(tensor.detach(), non_blocking=True)
 
 
-def snapshot(model: GPT, optimizer: Optimizer, copies: HostCopies, here: World, step: int, facts: dict[str, Any]) -> Snapshot | None:
+def snapshot(
+    model: GPT, optimizer: Optimizer, *, copies: HostCopies, here: World, step: int, facts: dict[str, Any]
+) -> Snapshot | None:
     """The state after `step`. Every rank calls it (sharded tensors are gathered); rank 0 gets the snapshot."""
     weights: dict[str, Tensor] = {}
     states: dict[str, dict[str, Tensor]] = {}
@@ -89,11 +89,9 @@ def snapshot(model: GPT, optimizer: Optimizer, copies: HostCopies, here: World, 
                 states.setdefault(name, {})[key] = unpadded(name, copy, model.config) if copy.ndim else copy
     if here.rank != 0:
         return None
-    ready = None
     if here.device.type == "cuda":
-        ready = torch.cuda.Event()
-        ready.record()
-    return Snapshot(step, weights, states, facts, ready)
+        torch.cuda.synchronize(here.device)
+    return Snapshot(step, weights, states, facts)
 
 
 class Writer:
@@ -125,8 +123,6 @@ class Writer:
 
     def _run(self, snapshot: Snapshot, best: bool, saved: Callable[[Saved], None]) -> None:
         try:
-            if snapshot.ready is not None:
-                snapshot.ready.synchronize()
             write(self.directory, snapshot, self._config)
             point(self.directory, "latest", snapshot.step)
             if best:
@@ -147,7 +143,9 @@ def write(directory: Path, snapshot: Snapshot, config: TrainerConfig) -> None:
     # More than one metadata key would make the bytes depend on the hash seed.
     save_file(snapshot.weights, temporary / WEIGHTS, metadata={"format": "pt"})
     torch.save({"step": snapshot.step, "optimizer": snapshot.optimizer, **snapshot.facts}, temporary / STATE)
-    (temporary / CONFIG).write_text(json.dumps(configuration.to_dict(config), indent=1) + "\n", encoding="utf-8")
+    (temporary / CONFIG).write_text(
+        json.dumps(configuration.to_dict(config), indent=1) + "\n", encoding="utf-8"
+    )
     manifest.write(temporary, snapshot.step)
     for path in [*temporary.iterdir(), temporary]:
         _sync(path)
@@ -184,7 +182,9 @@ def point(directory: Path, link: str, step: int) -> None:
 
 def steps(directory: Path) -> list[int]:
     """Steps of all checkpoint directories, ascending."""
-    found = [manifest.step_of(path.name) for path in directory.iterdir() if path.is_dir() and not path.is_symlink()]
+    found = [
+        manifest.step_of(path.name) for path in directory.iterdir() if path.is_dir() and not path.is_symlink()
+    ]
     return sorted(step for step in found if step is not None)
 
 
@@ -213,7 +213,10 @@ def newest_whole(directory: Path, log: Callable[[str], None]) -> Path | None:
     if not directory.is_dir():
         return None
     first = linked(directory, "latest")
-    candidates = [*([first] if first is not None else []), *(s for s in reversed(steps(directory)) if s != first)]
+    candidates = [
+        *([first] if first is not None else []),
+        *(s for s in reversed(steps(directory)) if s != first),
+    ]
     for step in candidates:
         path = directory / manifest.directory_name(step)
         problems = manifest.verify(path)
@@ -240,7 +243,9 @@ def weights(path: Path) -> dict[str, Tensor]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
 
 
-def restore_weights(model: GPT, named: Mapping[str, Tensor], place: Callable[[Tensor, Tensor], None] | None = None) -> None:
+def restore_weights(
+    model: GPT, named: Mapping[str, Tensor], place: Callable[[Tensor, Tensor], None] | None = None
+) -> None:
     """Fill `model`. Raises ConfigError where the weights are of another model."""
     try:
         fill(model, iter(named.items()), place)
@@ -253,4 +258,6 @@ def check_same_model(path: Path, model: ModelConfig) -> None:
     theirs, ours = configuration.to_dict(load_config(path).model), configuration.to_dict(model)
     for key, value in ours.items():
         if key != "drop_rate" and theirs[key] != value:
-            raise ConfigError(f"model.{key}", f"is {value}, but the checkpoint {path} was trained with {theirs[key]}")
+            raise ConfigError(
+                f"model.{key}", f"is {value}, but the checkpoint {path} was trained with {theirs[key]}"
+            )

@@ -209,6 +209,18 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class Tuned:
+    """What a checkpoint became after pretraining. Written by the scripts of trainer.after, read by whoever opens it."""
+
+    kind: Literal["instruction", "classification", "preference"]
+    """Which script made it."""
+    template: str | None = None
+    """The chat template that its examples were written in."""
+    classes: list[str] = field(default_factory=list)
+    """The labels of a classifier's head, in order."""
+
+
+@dataclass(frozen=True)
 class TrainerConfig:
     """`config.json`: everything the trainer reads."""
 
@@ -217,6 +229,7 @@ class TrainerConfig:
     train: TrainConfig
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    tuned: Tuned | None = None
 
     @property
     def steps(self) -> int:

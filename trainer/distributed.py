@@ -41,7 +41,11 @@ class World:
     def agree(self, *mine: bool) -> Agreement:
         """Start to find out, for each flag, whether any rank raised it."""
         votes = torch.tensor(mine, dtype=torch.int32)
-        work = dist.all_reduce(votes, dist.ReduceOp.MAX, group=self.flags, async_op=True) if self.size > 1 else None
+        work = (
+            dist.all_reduce(votes, dist.ReduceOp.MAX, group=self.flags, async_op=True)
+            if self.size > 1
+            else None
+        )
         return Agreement(votes, work)
 
     def mean(self, values: Tensor) -> Tensor:
@@ -93,12 +97,17 @@ def world(train: TrainConfig) -> Iterator[World]:
     Raises ConfigError where `train.device` is not here: training never falls back to another device.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local_rank, local_size = (
+        int(os.environ.get("LOCAL_RANK", "0")),
+        int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+    )
     device = _device(train, local_rank)
     here = World(rank, size, local_rank, local_size, device)
     if size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=FIRST_STEP_TIMEOUT, device_id=device if backend == "nccl" else None)
+        dist.init_process_group(
+            backend, timeout=FIRST_STEP_TIMEOUT, device_id=device if backend == "nccl" else None
+        )
         here.flags = dist.new_group(backend="gloo", timeout=FIRST_STEP_TIMEOUT)
     try:
         yield here
@@ -114,7 +123,9 @@ def _device(train: TrainConfig, local_rank: int) -> torch.device:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ConfigError("train.device", "cuda, but torch sees no GPU here; fix the driver or choose device: cpu")
+        raise ConfigError(
+            "train.device", "cuda, but torch sees no GPU here; fix the driver or choose device: cpu"
+        )
     if local_rank >= torch.cuda.device_count():
         raise ConfigError("train.processes_per_node",
                           f"process {local_rank} has no GPU of its own; this machine has {torch.cuda.device_count()}")  # fmt: skip
@@ -144,7 +155,9 @@ def _fully_shard(model: GPT, here: World) -> nn.Module:
     if here.size == 1:
         raise ConfigError("train.sharding", "fsdp needs more than one process; use ddp")
     mesh = init_device_mesh(here.device.type, (here.size,))
-    policy = MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(
+        param_dtype=model.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)

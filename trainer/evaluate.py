@@ -68,7 +68,9 @@ def mean_loss(
     return Loss(float(here.sum(total)) / wanted, wanted)
 
 
-def _slice(paths: Sequence[str | Path], offset: int, tokens: int, config: ModelConfig, fewer: bool) -> tuple[Reader, int]:
+def _slice(
+    paths: Sequence[str | Path], offset: int, tokens: int, config: ModelConfig, fewer: bool
+) -> tuple[Reader, int]:
     infos = [shards.probe(path) for path in paths]
     starts, skip = [], offset
     for info in infos:
@@ -100,7 +102,13 @@ def _batch(reader: Reader, first: int, sequences: int, tokens: int, buffer: Any)
 
 
 def evaluate_checkpoint(
-    path: Path, shard_paths: Sequence[str | Path], *, offset: int, tokens: int, microbatch_size: int = 8, device: str = "cpu"
+    path: Path,
+    shard_paths: Sequence[str | Path],
+    *,
+    offset: int,
+    tokens: int,
+    microbatch_size: int = 8,
+    device: str = "cpu",
 ) -> Loss:
     """The loss of a checkpoint on a slice, in this process alone, in float32. Raises ConfigError, ShardError."""
     from trainer.sample import load_model
@@ -108,7 +116,13 @@ def evaluate_checkpoint(
     model, config = load_model(path, device)
     here = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device(device))
     result = mean_loss(
-        model, shard_paths, offset=offset, tokens=tokens, config=config.model, microbatch_size=microbatch_size, here=here
+        model,
+        shard_paths,
+        offset=offset,
+        tokens=tokens,
+        config=config.model,
+        microbatch_size=microbatch_size,
+        here=here,
     )
     assert result is not None
     return result

@@ -99,8 +99,12 @@ def activation_bytes(model: ModelConfig, train: TrainConfig, microbatch_size: in
     kept = model.n_layers * (width if train.activation_checkpointing else block) * item
     working = (block if train.activation_checkpointing else 0) * item
     chunk = min(tokens, head_chunk(train.device)) * padded_vocab(model.vocab_size) * (item + 4)
-    stream = 4 * width * 4  # embedding output, its gradient, the head's input and its gradient, in float32 at worst
-    head = padded_vocab(model.vocab_size) * model.emb_dim * (item + 4)  # the head's cast weights and their gradient
+    stream = (
+        4 * width * 4
+    )  # embedding output, its gradient, the head's input and its gradient, in float32 at worst
+    head = (
+        padded_vocab(model.vocab_size) * model.emb_dim * (item + 4)
+    )  # the head's cast weights and their gradient
     return tokens * (kept + working + stream) + chunk + head
 
 
@@ -112,5 +116,7 @@ def head_chunk(device: str) -> int:
 def memory_gib(model: ModelConfig, train: TrainConfig, microbatch_size: int, processes: int = 1) -> float:
     """Predicted peak memory of one process, GiB. On a GPU it holds the CUDA context and the libraries' workspaces too."""
     fixed = 1.5 * 2**30 if train.device == "cuda" else 0.5 * 2**30
-    total = state_bytes(model, train, processes) + 1.1 * activation_bytes(model, train, microbatch_size) + fixed
+    total = (
+        state_bytes(model, train, processes) + 1.1 * activation_bytes(model, train, microbatch_size) + fixed
+    )
     return float(total) / 2**30

@@ -74,7 +74,9 @@ _TABLE = (
 GPUS: Mapping[str, Gpu] = {gpu.key: gpu for gpu in _TABLE}
 """Every known GPU by key."""
 
-_REQUEST = re.compile(r"(?P<name>[A-Za-z0-9]+)(?:-(?P<memory>\d+)\s*G(?:i?B)?)?(?::(?P<count>\d+))?", re.IGNORECASE)
+_REQUEST = re.compile(
+    r"(?P<name>[A-Za-z0-9]+)(?:-(?P<memory>\d+)\s*G(?:i?B)?)?(?::(?P<count>\d+))?", re.IGNORECASE
+)
 _MEMORY = re.compile(r"(\d+)\s*gi?b", re.IGNORECASE)
 
 
@@ -108,7 +110,9 @@ def parse_request(text: str) -> tuple[str, int | None, int]:
     """(name, memory in GB or None, count) of `H100`, `H100:8` or `A100-40GB:8`. Raises ValueError on anything else."""
     match = _REQUEST.fullmatch(text.strip())
     if match is None or match["count"] == "0":
-        raise ValueError(f"{text!r} is not a GPU request; write NAME, NAME:COUNT or NAME-MEMORYGB:COUNT, such as A100-40GB:8")
+        raise ValueError(
+            f"{text!r} is not a GPU request; write NAME, NAME:COUNT or NAME-MEMORYGB:COUNT, such as A100-40GB:8"
+        )
     return match["name"], int(match["memory"]) if match["memory"] else None, int(match["count"] or 1)
 
 

@@ -1,4 +1,4 @@
-"""The training run, from the first line of its configuration to the last of its metrics.
+"""The training run, from the first step to the last line of its metrics.
 
 Exit codes: 0 finished or stopped on request, 3 refused (configuration, data, disk), 4 too many non-finite steps in a
 row, 5 out of memory. Any other end is a crash, and worth a restart from the last checkpoint.
@@ -11,124 +11,36 @@ import faulthandler
 import gc
 import json
 import os
-import platform
-import resource
-import shutil
 import signal
 import statistics
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from trainer import checkpoint, distributed, flops, gpus, loss, microbatch, schedule
+from trainer import checkpoint, distributed, flops, manifest, microbatch, schedule
 from trainer import config as configuration
-from trainer.batches import Batches, Reader, await_shards, training_reader
-from trainer.checkpoint import HostCopies, Saved, Writer
+from trainer.batches import Batches, await_shards
+from trainer.checkpoint import Saved
 from trainer.config import ConfigError, TestSet, TrainerConfig
-from trainer.distributed import World
 from trainer.evaluate import mean_loss, summary
-from trainer.model import GPT, fill, initial_weights, padded
-from trainer.optim import Optimizer
-from trainer.progress import FAILURE, STOP, Metrics, Status, finite, log, report_failure, step_line, write_json
+from trainer.progress import FAILURE, STOP, Status, finite, log, report_failure, step_line, write_json
 from trainer.sample import generate, load_model
+from trainer.session import Mark, Pending, Run, peak_memory_gib, prepare
 from trainer.shards import ShardError
 
 SKIPPED_IN_A_ROW = 10
 """Non-finite steps in a row after which training ends."""
+SAMPLE_TOKENS = 64
+"""Tokens by which each prompt is continued at the end."""
 EXIT_REFUSED, EXIT_NON_FINITE, EXIT_MEMORY = 3, 4, 5
 
 
 class NonFiniteError(Exception):
     """Too many steps in a row had a loss or gradient that is not finite."""
-
-
-class Stopped(Exception):  # noqa: N818  an end, not an error
-    """A stop was requested before the first step."""
-
-
-@dataclass
-class Run:
-    """Everything that one process holds while it trains."""
-
-    config: TrainerConfig
-    out: Path
-    here: World
-    model: GPT
-    module: nn.Module
-    optimizer: Optimizer
-    reader: Reader
-    microbatch_size: int
-    stop: threading.Event
-    status: Status | None
-    metrics: Metrics | None
-    peak_flops: float | None
-    writer: Writer | None = None
-    copies: HostCopies | None = None
-    step: int = 0
-    skipped_in_a_row: int = 0
-    best: tuple[int, float] | None = None
-    """Step and validation loss of the best checkpoint."""
-    saved_step: int | None = None
-    saved_at: float = 0.0
-    pending: list[Pending] = field(default_factory=list)
-    recent: deque[float] = field(default_factory=lambda: deque(maxlen=51))
-
-    @property
-    def stopping(self) -> bool:
-        """Whether this rank knows of a request to stop."""
-        return self.stop.is_set() or (self.status is not None and self.status.stop.is_set())
-
-    def tell(self, **fields: Any) -> None:
-        """Update status.json, on the rank that owns it."""
-        if self.status is not None:
-            self.status.update(**fields)
-
-    def record(self, *records: dict[str, Any]) -> None:
-        """Append to metrics.jsonl, on the rank that owns it."""
-        if self.metrics is not None:
-            self.metrics.write(*records)
-
-
-@dataclass
-class Pending:
-    """A step whose numbers are still on the device."""
-
-    step: int
-    learning_rate: float
-    loss: Tensor
-    norm: Tensor
-    skipped: Tensor
-    begun: Mark
-    ended: Mark
-
-
-class Mark:
-    """An instant: the wall clock's on a CPU, the GPU's own stream of work on a GPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.time = time.time()
-        self._counter = time.perf_counter()
-        self._event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
-        if self._event is not None:
-            self._event.record()
-
-    def wait(self) -> None:
-        """Return once the device has come here."""
-        if self._event is not None:
-            self._event.synchronize()
-
-    def seconds_until(self, later: Mark) -> float:
-        """Seconds from this mark to `later`, which the device has reached."""
-        if self._event is not None and later._event is not None:  # noqa: SLF001  the same class
-            return float(self._event.elapsed_time(later._event)) / 1000  # noqa: SLF001
-        return later._counter - self._counter  # noqa: SLF001
 
 
 def run(config_path: Path, out: Path, *, resume: bool) -> int:
@@ -155,7 +67,13 @@ def run(config_path: Path, out: Path, *, resume: bool) -> int:
         return _fail(out, status, EXIT_MEMORY, "out_of_memory", str(error))
     except BaseException as error:
         if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            return _fail(out, status, EXIT_REFUSED, "disk_full", f"{error.filename or out}: {error.strerror}; make room and resume")
+            return _fail(
+                out,
+                status,
+                EXIT_REFUSED,
+                "disk_full",
+                f"{error.filename or out}: {error.strerror}; make room and resume",
+            )
         if isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error):
             return _fail(out, status, EXIT_MEMORY, "out_of_memory", str(error))
         _crash(out, status, f"{type(error).__name__}: {error}")
@@ -187,10 +105,12 @@ def _crash(out: Path, status: Status | None, message: str) -> None:
     status.end("failed", reason=reason, message=message)
 
 
-def _train(config: TrainerConfig, out: Path, *, resume: bool, status: Status | None, stop: threading.Event) -> str:
+def _train(
+    config: TrainerConfig, out: Path, *, resume: bool, status: Status | None, stop: threading.Event
+) -> str:
     """The story of a run: prepare, step until the end or a stop, evaluate. Returns `finished` or `stopped`."""
     with distributed.world(config.train) as here:
-        run = _prepare(config, out, here, resume=resume, status=status, stop=stop)
+        run = prepare(config, out, here, resume=resume, status=status, stop=stop)
         try:
             stopped = _steps(run)
             if run.saved_step != run.step:
@@ -205,174 +125,16 @@ def _train(config: TrainerConfig, out: Path, *, resume: bool, status: Status | N
             gc.enable()
         if not stopped:
             stopped = not _evaluate(run)
-        run.record({"kind": "system", "step": run.step, "time": time.time(), "peak_memory_gib": peak_memory_gib(here.device)})
+        run.record(
+            {
+                "kind": "system",
+                "step": run.step,
+                "time": time.time(),
+                "peak_memory_gib": peak_memory_gib(here.device),
+            }
+        )
         here.tell(None)  # nobody leaves while rank 0 still works
         return "stopped" if stopped else "finished"
-
-
-def _prepare(
-    config: TrainerConfig, out: Path, here: World, *, resume: bool, status: Status | None, stop: threading.Event
-) -> Run:
-    configuration.check_batch(config.train, here.size)
-    checkpoints = out / "checkpoints"
-    found = here.tell(_resume_from(checkpoints, config, resume=resume) if here.rank == 0 else None)
-    facts = found[1] if found else {}
-    recorded = facts.get("microbatch_size") if facts.get("world_size") == here.size else None
-    size = microbatch.choose(config, here, recorded)
-    configuration.check_batch(_with_microbatch(config, size).train, here.size)
-    reader = training_reader(config.data, config.model.context_length, config.model.vocab_size)
-    set_precision(config)
-    model, module, optimizer = build(config, here)
-    metrics = Metrics(out / "metrics.jsonl") if here.rank == 0 else None
-    gpu = _gpu(here.device)
-    peak = gpu.bf16_flops * here.size if gpu is not None and gpu.bf16_flops and config.train.precision == "bf16" else None
-    run = Run(config, out, here, model, module, optimizer, reader, size, stop, status, metrics, peak)
-    run.copies = HostCopies(here.device)
-    if found:
-        _restore(run, Path(found[0]), facts)
-    else:
-        use_seed_weights(model, config)
-    if here.rank == 0:
-        run.writer = Writer(checkpoints, config)
-        _announce(run, resume=resume, facts=facts)
-    run.tell(microbatch_size=size, steps=config.steps, step=run.step, checkpoint_step=run.saved_step)
-    run.saved_at = time.monotonic()
-    return run
-
-
-def _with_microbatch(config: TrainerConfig, size: int) -> TrainerConfig:
-    from dataclasses import replace
-
-    return replace(config, train=replace(config.train, microbatch_size=size))
-
-
-def _resume_from(checkpoints: Path, config: TrainerConfig, *, resume: bool) -> tuple[str, dict[str, Any]] | None:
-    """Path and plain facts of the checkpoint to go on from; None: begin. Raises ConfigError."""
-    if not resume:
-        if checkpoints.is_dir() and checkpoint.steps(checkpoints):
-            raise ConfigError("--out", f"{checkpoints} already holds checkpoints; pass --resume, or another directory")
-        return None
-    path = checkpoint.newest_whole(checkpoints, log)
-    if path is None:
-        return None
-    checkpoint.check_same_model(path, config.model)
-    state = checkpoint.load_state(path)
-    return str(path), {key: value for key, value in state.items() if key != "optimizer"}
-
-
-def build(config: TrainerConfig, here: World) -> tuple[GPT, nn.Module, Optimizer]:
-    """The model with unset weights on the device, the module to call for its loss, and the optimizer with zero state."""
-    train = config.train
-    dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
-    with torch.device("meta"):
-        model = GPT(config.model, compute_dtype=dtype, recompute=train.activation_checkpointing)
-    compiled = train.compile and can_compile(here.device)
-    if train.sharding == "ddp":
-        model.to_empty(device=here.device)
-        _zero(model)
-        if compiled:
-            model.compile_blocks()
-    loss.use_compiled(compiled)
-    module = distributed.spread(model, train, here)
-    if train.sharding == "fsdp":
-        model.to_empty(device=here.device)
-        if compiled:
-            model.compile_blocks()
-    model.train()
-    optimizer = Optimizer(model, train)
-    optimizer.prepare_state()
-    return model, module, optimizer
-
-
-def use_seed_weights(model: GPT, config: TrainerConfig) -> None:
-    """Fill the model, or this rank's part of it, with the first weights of `train.seed`."""
-    place = distributed.place if config.train.sharding == "fsdp" else None
-    fill(model, initial_weights(config.model, config.train.seed), place)
-
-
-@torch.no_grad()
-def _zero(model: GPT) -> None:
-    for parameter in model.parameters():
-        parameter.zero_()
-
-
-def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile has the C++ compiler that it needs here; says so where not."""
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None and shutil.which("clang++") is None:
-        if int(os.environ.get("RANK", "0")) == 0:
-            log(f"train.compile is on, but there is no C++ compiler ({compiler}) for {device.type}: not compiled")
-        return False
-    return True
-
-
-def set_precision(config: TrainerConfig) -> None:
-    """What this process computes with, beyond what the model itself casts to."""
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU for what is left in float32; nothing changes on a CPU
-    if config.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(mode=True)
-        torch.backends.cudnn.benchmark = False
-
-
-def _restore(run: Run, path: Path, facts: dict[str, Any]) -> None:
-    """Weights and optimizer state of the checkpoint at `path`, which only rank 0 needs to have."""
-    here, place = run.here, distributed.place
-    sharded = run.config.train.sharding == "fsdp"
-    reading = here.rank == 0 or (sharded and path.is_dir())
-    if reading:
-        checkpoint.restore_weights(run.model, checkpoint.weights(path), place)
-        saved = checkpoint.load_state(path)["optimizer"]
-        for name, state in run.optimizer.state().items():
-            for key, tensor in state.items():
-                value = saved[name][key]
-                place(tensor, padded(name, value, run.config.model) if value.ndim else value)
-    if not sharded:
-        states = [tensor for state in run.optimizer.state().values() for tensor in state.values()]
-        distributed.from_rank_0([p.data for p in run.model.parameters()] + states, here)
-    run.step = facts["step"]
-    run.saved_step = run.step
-    run.best = tuple(facts["best"]) if facts["best"] else None  # type: ignore[assignment]
-    run.skipped_in_a_row = facts["skipped_in_a_row"]
-
-
-def _announce(run: Run, *, resume: bool, facts: dict[str, Any]) -> None:
-    """The facts of this run, once, in the log and in the metrics."""
-    model, train, here = run.config.model, run.config.train, run.here
-    gpu = _gpu(here.device)
-    name = torch.cuda.get_device_name(here.device) if here.device.type == "cuda" else platform.processor() or platform.machine()
-    run.record({
-        "kind": "system", "step": run.step, "time": time.time(), "gpu": gpu.key if gpu else None, "device": name,
-        "gpus": here.size if here.device.type == "cuda" else 0, "torch": torch.__version__, "python": platform.python_version(),
-        "world_size": here.size, "microbatch_size": run.microbatch_size, "parameters": flops.parameters(model),
-        "flops_per_token": flops.flops_per_token(model), "flops_formula": flops.FORMULA, "peak_flops": run.peak_flops,
-        "peak_source": gpu.source if gpu and run.peak_flops else None, "compile": train.compile and can_compile(here.device),
-        "tokens_per_epoch": run.reader.order.sequences * model.context_length,
-    })  # fmt: skip
-    if resume and (run.step or (run.out / "metrics.jsonl").stat().st_size > 0):
-        run.record({
-            "kind": "resume", "step": run.step, "time": time.time(), "world_size": here.size,
-            "microbatch_size": run.microbatch_size, "from_world_size": facts.get("world_size"),
-        })  # fmt: skip
-    log(f"{flops.parameters(model):,} parameters, {flops.flops_per_token(model) / 1e6:,.1f} MFLOP/token ({flops.FORMULA})")
-    peak = f"{run.peak_flops / 1e12:,.0f} TFLOP/s ({gpu.source})" if run.peak_flops and gpu else "unknown, so no MFU"
-    log(f"{here.size} x {name}, dense bf16 peak {peak}; torch {torch.__version__}")
-    accumulation = train.global_batch_size // here.size // run.microbatch_size
-    log(f"{train.global_batch_size} sequences a step = {here.size} processes x {accumulation} x microbatch {run.microbatch_size}")
-    log(f"{run.reader.order.sequences:,} sequences an epoch; {run.config.steps} steps, starting after step {run.step}")
-
-
-def _gpu(device: torch.device) -> gpus.Gpu | None:
-    if device.type != "cuda":
-        return None
-    return gpus.lookup(torch.cuda.get_device_name(device), microbatch.device_memory_gib(device))
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """The most memory this process has held: reserved on a GPU, resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _steps(run: Run) -> bool:
@@ -510,7 +272,9 @@ def _validate_and_save(run: Run, *, last: bool) -> None:
     """What is due after a step: a validation, a checkpoint, or nothing."""
     train, every = run.config.train, run.config.checkpoint.every_steps
     validation = None
-    if run.config.data.validation and (last or (train.validate_every and run.step % train.validate_every == 0)):
+    if run.config.data.validation and (
+        last or (train.validate_every and run.step % train.validate_every == 0)
+    ):
         validation = _validate(run)
     improved = validation is not None and (run.best is None or validation < run.best[1])
     if improved or last or (every and run.step % every == 0):
@@ -535,7 +299,9 @@ def _validate(run: Run) -> float | None:
         "validation_loss": finite(result.loss), "seconds": now - started, "validation_tokens": result.tokens,
     })  # fmt: skip
     if run.here.rank == 0:
-        log(f"step {run.step}/{run.config.steps} | validation loss {result.loss:.4f} on {result.tokens:,} tokens")
+        log(
+            f"step {run.step}/{run.config.steps} | validation loss {result.loss:.4f} on {result.tokens:,} tokens"
+        )
     run.tell(state="training", last_step_time=now)
     return finite(result.loss)
 
@@ -554,9 +320,9 @@ def _save(run: Run, *, best: bool, validation_loss: float | None) -> None:
     if run.writer is not None:
         run.writer.wait()  # its buffers are about to be used again
     assert run.copies is not None
-    taken = checkpoint.snapshot(run.model, run.optimizer, run.copies, run.here, run.step, facts)
-    if taken is not None and taken.ready is not None:
-        taken.ready.synchronize()
+    taken = checkpoint.snapshot(
+        run.model, run.optimizer, copies=run.copies, here=run.here, step=run.step, facts=facts
+    )
     seconds = time.monotonic() - started
     run.saved_step, run.saved_at = run.step, time.monotonic()
     if run.writer is not None and taken is not None and run.metrics is not None:
@@ -584,7 +350,7 @@ def _evaluate(run: Run) -> bool:
     run.tell(state="evaluating")
     checkpoints = run.out / "checkpoints"
     step = run.best[0] if run.best else run.step
-    path = checkpoints / f"step-{step:06d}"
+    path = checkpoints / manifest.directory_name(step)
     if step != run.step:
         if here.rank == 0 or (config.train.sharding == "fsdp" and path.is_dir()):
             checkpoint.restore_weights(run.model, checkpoint.weights(path), distributed.place)
@@ -593,7 +359,10 @@ def _evaluate(run: Run) -> bool:
     results = []
     for test_set in wanted.test_sets:
         if not isinstance(test_set, TestSet):
-            raise ConfigError("evaluate.test_sets", f"{test_set!r} is a name; config.json needs {{name, data, offset, tokens}}")
+            raise ConfigError(
+                "evaluate.test_sets",
+                f"{test_set!r} is a name; config.json needs {{name, data, offset, tokens}}",
+            )
         result = mean_loss(
             run.module, test_set.data, offset=test_set.offset, tokens=test_set.tokens, config=config.model,
             microbatch_size=run.microbatch_size, here=here, stopped=lambda: run.stopping,
@@ -605,11 +374,10 @@ def _evaluate(run: Run) -> bool:
         samples = _samples(path, wanted.prompt_tokens, here.device)
         write_json(run.out / "evaluations.json", {"test_sets": results, "samples": samples})
         for item in results:
-            log(f"{item['name']}: loss {item['loss']:.4f} on {item['tokens']:,} tokens (checkpoint of step {step})")
+            log(
+                f"{item['name']}: loss {item['loss']:.4f} on {item['tokens']:,} tokens (checkpoint of step {step})"
+            )
     return True
-
-
-SAMPLE_TOKENS = 64
 
 
 def _samples(path: Path, prompts: list[list[int]], device: torch.device) -> list[dict[str, Any]]:
@@ -617,6 +385,11 @@ def _samples(path: Path, prompts: list[list[int]], device: torch.device) -> list
         return []
     model, _ = load_model(path, device)
     return [
-        {"prompt_index": index, "tokens": list(generate(model, prompt, max_tokens=SAMPLE_TOKENS, temperature=0.8, top_k=50, seed=0))}
+        {
+            "prompt_index": index,
+            "tokens": list(
+                generate(model, prompt, max_tokens=SAMPLE_TOKENS, temperature=0.8, top_k=50, seed=0)
+            ),
+        }
         for index, prompt in enumerate(prompts)
     ]

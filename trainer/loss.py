@@ -92,7 +92,7 @@ def _accumulate(gradient_vd: Tensor, slope_nv: Tensor, chunk_nd: Tensor, *, firs
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0917  autograd passes arguments by position
         ctx: Any,
         hidden_nd: Tensor,
         weight_vd: Tensor,
@@ -127,7 +127,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         gradient_nd, gradient_vd = ctx.saved_tensors
-        return gradient_nd.mul_(outputs[0].to(gradient_nd.dtype)), gradient_vd.mul_(outputs[0]), None, None, None, None
+        return (
+            gradient_nd.mul_(outputs[0].to(gradient_nd.dtype)),
+            gradient_vd.mul_(outputs[0]),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def linear_cross_entropy(
@@ -145,5 +152,6 @@ def linear_cross_entropy(
     """
     scale = 1.0 / denominator
     return cast(
-        Tensor, _LinearCrossEntropy.apply(hidden_nd, weight_vd, targets_n, vocab_size, softcap, scale)  # type: ignore[no-untyped-call]
+        Tensor,
+        _LinearCrossEntropy.apply(hidden_nd, weight_vd, targets_n, vocab_size, softcap, scale),  # type: ignore[no-untyped-call]
     )

@@ -79,7 +79,9 @@ def read(directory: Path) -> Manifest:
     path = directory / NAME
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        files = tuple(Entry(str(item["name"]), str(item["sha256"]), int(item["bytes"])) for item in raw["files"])
+        files = tuple(
+            Entry(str(item["name"]), str(item["sha256"]), int(item["bytes"])) for item in raw["files"]
+        )
         manifest = Manifest(int(raw["step"]), files)
     except OSError as error:
         raise ManifestError(f"{path}: {error.strerror}") from error

@@ -26,7 +26,10 @@ def predicted(config: TrainerConfig, processes: int, memory_gib: float | None) -
     """The largest candidate that is predicted to fit into `memory_gib` (None: no limit). Raises ConfigError where not
     even one sequence would."""
     for size in candidates(config, processes):
-        if memory_gib is None or flops.memory_gib(config.model, config.train, size, processes) <= USABLE * memory_gib:
+        if (
+            memory_gib is None
+            or flops.memory_gib(config.model, config.train, size, processes) <= USABLE * memory_gib
+        ):
             return size
     needed = flops.memory_gib(config.model, config.train, 1, processes)
     raise ConfigError("train.microbatch_size",
@@ -49,8 +52,12 @@ def would_fit(config: TrainerConfig, here: World, size: int) -> str:
     total = device_memory_gib(here.device)
     if total is not None:
         text += f" of the device's {total:.1f}"
-        smaller = [n for n in smaller if flops.memory_gib(config.model, config.train, n, here.size) <= 0.85 * total]
-    return text + (f"; microbatch_size {smaller[0]} would fit" if smaller else "; no smaller one is predicted to fit")
+        smaller = [
+            n for n in smaller if flops.memory_gib(config.model, config.train, n, here.size) <= 0.85 * total
+        ]
+    return text + (
+        f"; microbatch_size {smaller[0]} would fit" if smaller else "; no smaller one is predicted to fit"
+    )
 
 
 def choose(config: TrainerConfig, here: World, recorded: int | None) -> int:
@@ -62,5 +69,7 @@ def choose(config: TrainerConfig, here: World, recorded: int | None) -> int:
     share = config.train.global_batch_size // here.size
     if recorded is not None and share % recorded == 0:
         return recorded
-    size: int = here.tell(predicted(config, here.size, device_memory_gib(here.device)) if here.rank == 0 else None)
+    size: int = here.tell(
+        predicted(config, here.size, device_memory_gib(here.device)) if here.rank == 0 else None
+    )
     return size

@@ -69,7 +69,9 @@ def rotary_angles(model: ModelConfig, start: int, length: int, device: torch.dev
     """Cosines and sines (t, r/2) in float32 for positions start … start+length−1, r rotated dimensions per head
     (Su et al., RoFormer, 2021; dimension i turns with dimension i + r/2)."""
     rotated = int(model.emb_dim // model.n_heads * model.rotary_fraction)
-    frequencies = model.rope_theta ** -(torch.arange(0, rotated, 2, device=device, dtype=torch.float32) / rotated)
+    frequencies = model.rope_theta ** -(
+        torch.arange(0, rotated, 2, device=device, dtype=torch.float32) / rotated
+    )
     angles = torch.arange(start, start + length, device=device, dtype=torch.float32)[:, None] * frequencies
     return angles.cos(), angles.sin()
 
@@ -101,11 +103,15 @@ class Attention(nn.Module):
         # One product instead of three. The weights are cast at use anyway, so joining them costs nothing more.
         maps = (self.query, self.key, self.value)
         weight = torch.cat([part.weight.to(x_btd.dtype) for part in maps])
-        bias = torch.cat([part.bias.to(x_btd.dtype) for part in maps]) if self.query.bias is not None else None
+        bias = (
+            torch.cat([part.bias.to(x_btd.dtype) for part in maps]) if self.query.bias is not None else None
+        )
         joined = F.linear(x_btd, weight, bias)
         b, t, _ = x_btd.shape
         sizes = [part.out_features for part in maps]
-        q, k, v = (part.view(b, t, -1, self.head_dim).transpose(1, 2) for part in joined.split(sizes, dim=-1))
+        q, k, v = (
+            part.view(b, t, -1, self.head_dim).transpose(1, 2) for part in torch.split(joined, sizes, dim=-1)
+        )
         return q, k, v
 
     def forward(self, x_btd: Tensor, rope: tuple[Tensor, Tensor] | None, past: KeyValues | None) -> Tensor:
@@ -170,7 +176,9 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The whole model. Build it on the meta device and fill it with `fill`; every rank then holds the same weights."""
 
-    def __init__(self, model: ModelConfig, *, compute_dtype: torch.dtype = torch.float32, recompute: bool = False) -> None:
+    def __init__(
+        self, model: ModelConfig, *, compute_dtype: torch.dtype = torch.float32, recompute: bool = False
+    ) -> None:
         super().__init__()
         self.config, self.compute_dtype, self.recompute = model, compute_dtype, recompute
         rows = flops.padded_vocab(model.vocab_size)
@@ -284,7 +292,9 @@ def _torch_default(name: str, shape: torch.Size, model: ModelConfig, generator: 
 
 
 @torch.no_grad()
-def fill(module: GPT, weights: Iterator[tuple[str, Tensor]], place: Callable[[Tensor, Tensor], None] | None = None) -> None:
+def fill(
+    module: GPT, weights: Iterator[tuple[str, Tensor]], place: Callable[[Tensor, Tensor], None] | None = None
+) -> None:
     """Copy named, unpadded tensors into the model's parameters. Raises KeyError for a name missing on either side,
     ValueError for a shape that differs; `place(parameter, value)` replaces the plain copy."""
     missing = dict(module.named_parameters())
@@ -292,7 +302,9 @@ def fill(module: GPT, weights: Iterator[tuple[str, Tensor]], place: Callable[[Te
         parameter = missing.pop(name)
         full = padded(name, value, module.config)
         if full.shape != parameter.shape:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}, the model wants {tuple(parameter.shape)}")
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}, the model wants {tuple(parameter.shape)}"
+            )
         if place is None:
             parameter.copy_(full)
         else:

@@ -33,7 +33,9 @@ class Optimizer:
             {"params": [p for p in rest if p.ndim == 2], "weight_decay": train.weight_decay},
             {"params": [p for p in rest if p.ndim != 2], "weight_decay": 0.0},
         ]
-        self.adamw = torch.optim.AdamW(groups, lr=train.learning_rate, betas=train.betas, eps=train.eps, fused=True)
+        self.adamw = torch.optim.AdamW(
+            groups, lr=train.learning_rate, betas=train.betas, eps=train.eps, fused=True
+        )
         self.muon = Muon(matrices, train.muon_learning_rate, train.weight_decay) if by_muon else None
         self.train = train
         assert len(self.names) == len(rest) + len(by_muon)
@@ -135,8 +137,8 @@ class Muon(torch.optim.Optimizer):
             weights = torch.stack(list(parameters))
             scale = lr * max(1.0, shape[0] / shape[1]) ** 0.5
             after = weights * (1 - lr * decay) - scale * direction
-            torch._foreach_copy_(buffers, list(torch.where(keep > 0, before, momentum)))  # noqa: SLF001
-            torch._foreach_copy_(parameters, list(torch.where(keep > 0, weights, after)))  # noqa: SLF001
+            torch._foreach_copy_(buffers, list(torch.where(keep > 0, before, momentum)))
+            torch._foreach_copy_([p.data for p in parameters], list(torch.where(keep > 0, weights, after)))
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:

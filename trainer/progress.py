@@ -39,7 +39,7 @@ class Metrics:
 
     def __init__(self, path: Path) -> None:
         self._lock = threading.Lock()
-        torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes()[-1:] == b"\n"
+        torn = path.exists() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
         self._file = path.open("a", encoding="utf-8")
         if torn:  # a kill cut the last line off: end it, so that the next one stands alone
             self._file.write("\n")

@@ -86,7 +86,12 @@ def generate(
 
 
 def pick(
-    logits_v: Tensor, *, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
+    logits_v: Tensor,
+    *,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    generator: torch.Generator,
 ) -> int:
     """One token from `logits_v`: among the `top_k` likeliest, and of these the fewest that together have probability
     `top_p` (the likeliest always stays)."""

@@ -59,7 +59,7 @@ def probe(path: Path | str) -> ShardInfo:
         with path.open("rb") as file:
             head = file.read(HEADER_BYTES)
             if path.suffix == ".safetensors" or _looks_like_safetensors(head, size):
-                return _safetensors(path, file.seek(0) or file.read(8), size)
+                return _safetensors(path, head[:8], size)
     except OSError as error:
         raise ShardError(path, 0, error.strerror or str(error)) from error
     if size == 0:
@@ -79,9 +79,13 @@ def _llm_c(path: Path, head: bytes, size: int) -> ShardInfo | None:
     if dtype is None:
         known = {key[0]: key[1] for key in dtypes}
         if magic in known:
-            raise ShardError(path, 4, f"version {version}; with magic {magic} only version {known[magic]} is known")
+            raise ShardError(
+                path, 4, f"version {version}; with magic {magic} only version {known[magic]} is known"
+            )
         if len(head) == HEADER_BYTES and not any(head[12:]):
-            raise ShardError(path, 0, f"magic {magic}; token shards have {MAGIC_UINT16[0]} or {MAGIC_UINT32[0]}")
+            raise ShardError(
+                path, 0, f"magic {magic}; token shards have {MAGIC_UINT16[0]} or {MAGIC_UINT32[0]}"
+            )
         return None
     expected = HEADER_BYTES + tokens * _WIDTH[dtype]
     if tokens < 0 or size != expected:
@@ -98,7 +102,9 @@ def _looks_like_safetensors(head: bytes, size: int) -> bool:
 def _safetensors(path: Path, length: bytes, size: int) -> ShardInfo:
     header_bytes = int.from_bytes(length, "little")
     if len(length) < 8 or header_bytes + 8 > size:
-        raise ShardError(path, 0, f"the safetensors header would take {header_bytes} bytes of a file of {size}")
+        raise ShardError(
+            path, 0, f"the safetensors header would take {header_bytes} bytes of a file of {size}"
+        )
     with path.open("rb") as file:
         file.seek(8)
         try:
@@ -108,7 +114,11 @@ def _safetensors(path: Path, length: bytes, size: int) -> ShardInfo:
         except (ValueError, KeyError, TypeError):
             raise ShardError(path, 8, "the safetensors header describes no tensor `tokens`") from None
     if dtype not in {"U16", "U32"} or len(shape) != 1:
-        raise ShardError(path, 8, f"`tokens` is {dtype} with {len(shape)} dimensions; it must be one-dimensional U16 or U32")
+        raise ShardError(
+            path,
+            8,
+            f"`tokens` is {dtype} with {len(shape)} dimensions; it must be one-dimensional U16 or U32",
+        )
     name = "uint16" if dtype == "U16" else "uint32"
     offset = 8 + header_bytes + begin
     if end - begin != shape[0] * _WIDTH[name] or 8 + header_bytes + end > size:
@@ -118,7 +128,9 @@ def _safetensors(path: Path, length: bytes, size: int) -> ShardInfo:
 
 def _headerless(path: Path, size: int) -> ShardInfo:
     if size % 2:
-        raise ShardError(path, size - 1, f"headerless uint16 data has an even number of bytes, not {size}; it was cut off")
+        raise ShardError(
+            path, size - 1, f"headerless uint16 data has an even number of bytes, not {size}; it was cut off"
+        )
     return ShardInfo(path, size // 2, "uint16", 0)
 
 
@@ -174,7 +186,9 @@ class Order:
     never spans shards, what is left at a shard's end is dropped. Sequence numbers go on into further epochs.
     """
 
-    def __init__(self, tokens: Sequence[int], context_length: int, starts: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, tokens: Sequence[int], context_length: int, starts: Sequence[int] | None = None
+    ) -> None:
         self.context_length = context_length
         self._starts = list(starts) if starts is not None else [0] * len(tokens)
         counts = [max(0, (n - s - 1) // context_length) for n, s in zip(tokens, self._starts, strict=True)]

@@ -51,7 +51,7 @@ class LambdaServer:
         self._http.daemon_threads = True
         self._http.owner = self  # type: ignore[attr-defined]
         self._stopping = threading.Event()
-        self._threads = [threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.05})]
+        self._threads = [threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01})]
         if real_nodes:
             self._threads.append(threading.Thread(target=self._tick))
 

@@ -103,6 +103,19 @@ def test_the_limiter_shares_its_state_through_a_private_file(tmp_path: Path) -> 
     assert clock.now - before == pytest.approx(RATES.launch_seconds)
 
 
+def test_distance_is_kept_from_the_end_of_a_slow_request(tmp_path: Path) -> None:
+    clock = Clock()
+    first, second = (Limiter(tmp_path / "turns.json", now=clock.time, sleep=clock.sleep) for _ in range(2))
+    first.wait(launch=True)
+    clock.now += 0.9  # until then the provider may not have counted it
+    first.done(launch=True)
+    answered = clock.now
+    second.wait()
+    assert clock.now - answered == pytest.approx(RATES.request_seconds)
+    second.wait(launch=True)
+    assert clock.now - answered == pytest.approx(RATES.launch_seconds)
+
+
 def test_retry_after_holds_for_everyone_but_not_for_ever(tmp_path: Path) -> None:
     clock = Clock()
     first, second = (Limiter(tmp_path / "turns.json", now=clock.time, sleep=clock.sleep) for _ in range(2))

@@ -1,0 +1,170 @@
+"""Beginning a run: a recipe as a file, the checks that cost nothing, the run, its driver, and following it."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from orchestrator import attend, render, requests
+from orchestrator.clock import Clock, SystemClock
+from orchestrator.driver import spawn
+from orchestrator.errors import Invalid, Usage
+from orchestrator.figures import percent, size
+from orchestrator.render_live import Screen
+from runs.store import Store, run_dir
+from trainer.config import parse_duration
+
+if TYPE_CHECKING:
+    from orchestrator.plan import Plan
+    from orchestrator.sources import DataPlan
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a command line says about waiting and spending."""
+
+    wait_seconds: float = 0.0
+    max_usd: float | None = None
+
+    @classmethod
+    def read(cls, wait: str | None, max_usd: float | None) -> Limits:
+        """From the options' text. Raises Usage."""
+        try:
+            seconds = parse_duration(wait) if wait is not None else 0.0
+        except ValueError as error:
+            raise Usage(f"--wait {error}", "for example --wait 6h") from None
+        if max_usd is not None and not (math.isfinite(max_usd) and max_usd > 0):
+            raise Usage(f"--max-usd {max_usd} is no amount of money", "for example --max-usd 45")
+        return cls(seconds, max_usd)
+
+
+# ---------------------------------------------------------------- init
+
+
+def write_recipe(file: Path, recipe: str, *, force: bool) -> None:
+    """Write a shipped recipe to `file`. Raises UnknownRecipe, Usage where the file exists, Invalid where it cannot be."""
+    from runs import recipes
+
+    text = recipes.text(recipe)
+    try:
+        with file.open("w" if force else "x", encoding="utf-8") as out:
+            out.write(text)
+    except FileExistsError:
+        raise Usage(f"{file} exists already", "give another name, or --force to replace it") from None
+    except OSError as error:
+        raise Invalid(
+            f"{file} cannot be written: {error.strerror}", "choose a folder that you can write to"
+        ) from error
+
+
+def say_recipe(file: Path, recipe: str) -> None:
+    """What was written, and what to do with it."""
+    from runs import recipes
+
+    render.line(f"Wrote {file}: {recipes.summary(recipe)}")
+    render.line(f"Next: llmctl plan {file}, then llmctl launch {file}")
+
+
+# ---------------------------------------------------------------- launch
+
+
+def begin(store: Store, plan: Plan, limits: Limits, *, on_node: str | None = None) -> str:
+    """Create the run that was planned, with its data resolved before anything is rented, and start its driver.
+
+    Raises DataError where the data cannot serve; then there is no run.
+    """
+    from orchestrator import sources
+
+    key = kept_node(store, on_node) if on_node is not None else None
+    data = resolve(store.home, plan)
+    run = requests.create(
+        store,
+        plan.spec,
+        now=SystemClock().now(),
+        wait_seconds=limits.wait_seconds,
+        max_usd=limits.max_usd,
+        on_node=key,
+    )
+    sources.save_plan(data, run_dir(store.home, run) / "data.json")
+    spawn(store.home, run)
+    return run
+
+
+def kept_node(store: Store, word: str) -> str:
+    """The key of the kept node that `word` names: its key, its name, its id, or its run. Raises Usage."""
+    nodes = [node for node in store.nodes(unsettled=True) if node.kept]
+    for node in nodes:
+        if word in {node.key, node.marker.name, node.id, node.run}:
+            return node.key
+    known = ", ".join(node.key for node in nodes)
+    raise Usage(
+        f"no kept node is called {word!r}",
+        f"kept: {known}" if known else "a run with node.on_finish: keep leaves one",
+    )
+
+
+def resolve(home: Path, plan: Plan) -> DataPlan:
+    """The files that the run reads; built-in and text sources are tokenised now. Raises DataError."""
+    from orchestrator import sources
+
+    with bar() as progress:
+        return sources.resolve_spec(plan.spec.trainer_config(), cache=home / "cache", progress=progress)
+
+
+class bar:  # noqa: N801  used as a context, like open()
+    """A progress line on stderr; nothing where stderr is no terminal."""
+
+    def __enter__(self) -> bar:
+        self._shown = False
+        return self
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Show that `done` of `total` bytes of `what` are done."""
+        if sys.stderr.isatty() and total > 0:
+            self._shown = True
+            text = f"{what}: {size(done)} of {size(total)} ({percent(done / total)})"
+            sys.stderr.write(f"\r\x1b[K{text[: render.width(sys.stderr) - 1]}")
+            sys.stderr.flush()
+
+    def __exit__(self, *_: object) -> None:
+        if self._shown:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+
+def say_plan(plan: Plan) -> None:
+    """The plan in two lines on stderr, before the question."""
+    for text in plan.lines():
+        sys.stderr.write(text + "\n")
+
+
+def say_detached(run: str) -> None:
+    """What to do with a run that is not followed."""
+    render.line(run)
+    sys.stderr.write(
+        f"{run} is on its way. Follow it: llmctl tail {run} · look: llmctl status · end it: llmctl stop {run}\n"
+    )
+
+
+def follow(store: Store, run: str, *, as_json: bool, cancels: bool = False) -> int:
+    """Follow a run to its end and say what came of it: the `show` document, or a few lines. Returns the exit code."""
+    from orchestrator import show
+    from orchestrator.commands.common import print_json
+    from runs.store import utcnow
+
+    sys.stderr.write(f"{run}: following; Ctrl-C stops following, not the run\n")
+    clock: Clock = SystemClock()
+    code = attend.attend(store.home, run, clock, Screen(log=not as_json), cancels=cancels)
+    record = store.record(run)
+    if record is None:
+        return code
+    if as_json:
+        print_json(show.show(store, record, utcnow()))
+    elif record.outcome is not None:
+        from orchestrator import render_show
+
+        render_show.ending(record, utcnow())
+    return code

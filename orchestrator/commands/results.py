@@ -1,0 +1,90 @@
+"""What runs cost and what they reached: compare, report."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from orchestrator.commands.common import (
+    Form,
+    Json,
+    Output,
+    Runs,
+    answer,
+    examples,
+    find_all,
+    machine,
+    open_store,
+)
+
+PANEL = "Results"
+
+
+class Format(StrEnum):
+    """What `compare` prints."""
+
+    TABLE = "table"
+    CSV = "csv"
+    MD = "md"
+    JSON = "json"
+    HTML = "html"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    shown = {"rich_help_panel": PANEL}
+    app.command("compare", epilog=examples("llmctl compare --sort cost_usd", "llmctl compare A B --diff", "llmctl compare --plot"),
+                **shown)(compare)  # fmt: skip
+    app.command("report", epilog=examples("llmctl report --to report.html"), **shown)(report)
+
+
+def compare(
+    runs: Runs = None,
+    *,
+    sort: Annotated[str | None, typer.Option("--sort", metavar="KEY", help="A column, as cost_usd; -KEY: the other way round.")] = None,
+    published: Annotated[bool, typer.Option("--published", help="Also published runs, with their sources.")] = False,
+    group_by: Annotated[str | None, typer.Option("--group-by", metavar="KEY", help="One row a value of KEY: means, and spread.")] = None,
+    columns: Annotated[str | None, typer.Option("--columns", metavar="KEY,KEY", help="These columns, in this order.")] = None,
+    diff: Annotated[bool, typer.Option("--diff", help="What differs between two runs.")] = False,
+    sigma: Annotated[float | None, typer.Option("--sigma", min=0.0, help="Loss differences within 2 sigma are noise.")] = None,
+    form: Annotated[Format, typer.Option("--format", help="How to print it.")] = Format.TABLE,
+    plot: Annotated[bool, typer.Option("--plot", help="Loss curves, and loss against dollars, in the terminal.")] = False,
+    over: Annotated[str, typer.Option("--over", metavar="tokens|hours|dollars|steps", help="The curves' axis.")] = "tokens",
+    as_json: Json = False,
+    output: Output = Form.TEXT,
+) -> None:
+    """Put loss beside cost for every run. Losses on different sets are never ranked together."""
+    from orchestrator import comparing
+
+    store = open_store()
+    ask = comparing.Ask(find_all(store, runs), sort, published, group_by, columns.split(",") if columns else None, sigma)
+    if diff:
+        comparing.check_two(ask.runs)
+        document = comparing.difference(store, ask)
+        quiet = machine(as_json, output) or form is Format.JSON
+        answer(document, as_json=quiet, human=lambda: comparing.say_difference(document))
+        return
+    table = comparing.table(store, ask)
+    chosen = "json" if machine(as_json, output) else form.value
+    comparing.say(table, chosen)
+    if plot and chosen == "table":
+        comparing.plot(store, table, over)
+
+
+def report(
+    runs: Runs = None,
+    *,
+    to: Annotated[Path, typer.Option("--to", metavar="FILE.html", help="Where to write it.")] = Path("report.html"),
+    published: Annotated[bool, typer.Option("--published/--no-published", help="Also published runs.")] = True,
+    as_json: Json = False,
+    output: Output = Form.TEXT,
+) -> None:
+    """Write one self-contained HTML page: table, curves, loss against dollars, dollars by phase, each run in full."""
+    from orchestrator import comparing
+
+    store = open_store()
+    document = comparing.report(store, find_all(store, runs), to, published=published)
+    answer(document, as_json=machine(as_json, output), human=lambda: comparing.say_report(document))

@@ -1,0 +1,166 @@
+"""Before and at the start of a run: init, doctor, offers, plan, launch, resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from orchestrator.commands.common import (
+    Assignments,
+    Form,
+    Json,
+    MaxUsd,
+    Output,
+    Run,
+    Yes,
+    answer,
+    complete_recipe,
+    confirm,
+    examples,
+    find_record,
+    machine,
+    open_store,
+    print_json,
+    tell,
+)
+
+PANEL = "Begin"
+Spec = Annotated[Path, typer.Argument(metavar="SPEC", help="A run.yaml.", show_default=False)]
+WaitFor = Annotated[
+    str | None, typer.Option("--wait", metavar="DURATION", help="How long to wait for capacity, as 30m, 6h, 2d.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    shown = {"rich_help_panel": PANEL}
+    app.command("init", epilog=examples("llmctl init", "llmctl init big.yaml --recipe 8xh100"), **shown)(init)
+    app.command("doctor", epilog=examples("llmctl doctor", "llmctl doctor --json"), **shown)(doctor)
+    app.command("offers", epilog=examples("llmctl offers --gpu H100:8", "llmctl offers run.yaml"), **shown)(offers)
+    app.command("plan", epilog=examples("llmctl plan run.yaml", "llmctl plan run.yaml --set train.tokens=1e9"), **shown)(plan)
+    app.command("launch", epilog=examples("llmctl launch run.yaml", "llmctl launch run.yaml --wait 6h --detach -y"),
+                **shown)(launch)  # fmt: skip
+    app.command("resume", epilog=examples("llmctl resume RUN", "llmctl resume RUN --max-usd 60"), **shown)(resume)
+
+
+def init(
+    file: Annotated[Path, typer.Argument(metavar="[FILE]", help="Where to write it.")] = Path("run.yaml"),
+    *,
+    recipe: Annotated[
+        str, typer.Option("--recipe", metavar="NAME", help="A shipped recipe.", autocompletion=complete_recipe)
+    ] = "quickstart",
+    force: Annotated[bool, typer.Option("--force", help="Replace FILE where it exists.")] = False,
+    as_json: Json = False,
+    output: Output = Form.TEXT,
+) -> None:
+    """Write a commented run.yaml from a shipped recipe."""
+    from orchestrator import begin
+
+    begin.write_recipe(file, recipe, force=force)
+    document = {"path": str(file), "recipe": recipe}
+    answer(document, as_json=machine(as_json, output), human=lambda: begin.say_recipe(file, recipe))
+
+
+def doctor(*, as_json: Json = False, output: Output = Form.TEXT) -> int:
+    """Check this machine and each configured provider; for every fault, what it means and what to type."""
+    from orchestrator import doctor as examine
+    from orchestrator import render_doctor
+
+    checks = examine.examine()
+    document = examine.document(checks)
+    answer(document, as_json=machine(as_json, output), human=lambda: render_doctor.checks(checks))
+    return examine.exit_code(checks)
+
+
+def offers(
+    spec: Annotated[Path | None, typer.Argument(metavar="[SPEC]", help="Also predict this run on each.", show_default=False)] = None,
+    *,
+    gpu: Annotated[str | None, typer.Option("--gpu", metavar="NAME:N", help="As H100:8 or A100-40GB.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Also what is sold out, and machines without a GPU.")] = False,
+    as_json: Json = False,
+    output: Output = Form.TEXT,
+) -> None:
+    """List live offers: price per hour and per GPU-hour, regions with capacity; with a SPEC also hours and dollars."""
+    from orchestrator import market, render_plan
+
+    found = market.listing(open_store(), spec, gpu=gpu, everything=everything)
+    answer(found.document(), as_json=machine(as_json, output), human=lambda: render_plan.offers(found))
+
+
+def plan(spec: Spec, *, assignments: Assignments = None, as_json: Json = False, output: Output = Form.TEXT) -> int:
+    """Validate a spec, choose an offer and predict memory, speed, hours and dollars. Changes nothing."""
+    from orchestrator import plan as planning
+    from orchestrator import render_plan
+
+    store = planning.quiet_store()
+    made = planning.make(store, planning.read(spec, assignments or []))
+    answer(made.document(), as_json=machine(as_json, output), human=lambda: render_plan.plan(made))
+    return made.exit_code
+
+
+def launch(
+    spec: Spec,
+    *,
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Do not follow.")] = False,
+    wait: WaitFor = None,
+    max_usd: MaxUsd = None,
+    assignments: Assignments = None,
+    on: Annotated[str | None, typer.Option("--on", metavar="NODE", help="Run on a node that is kept.")] = None,
+    yes: Yes = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show plan, request and bytes to send; change nothing.")] = False,
+    as_json: Json = False,
+    output: Output = Form.TEXT,
+) -> int:
+    """Create the run, start its driver, and follow it. Ctrl-C stops following; the run goes on."""
+    from orchestrator import begin
+    from orchestrator import plan as planning
+
+    machine_reads = machine(as_json, output)
+    wanted = planning.read(spec, assignments or [])
+    limits = begin.Limits.read(wait, max_usd)
+    if dry_run:
+        from orchestrator import dryrun, render_plan
+
+        rehearsal = dryrun.rehearse(wanted, limits)
+        answer(rehearsal.document(), as_json=machine_reads, human=lambda: render_plan.rehearsal(rehearsal))
+        return rehearsal.plan.exit_code
+    store = open_store()
+    made = planning.make(store, wanted, limits)
+    if not machine_reads:
+        begin.say_plan(made)
+    planning.refuse(made)
+    if made.rented and not confirm(f"Rent it, for {made.price_text}?", yes=yes):
+        tell("nothing was rented")
+        return 130
+    run = begin.begin(store, made, limits, on_node=on)
+    if detach:
+        answer({"run": run, "state": "planned"}, as_json=machine_reads, human=lambda: begin.say_detached(run))
+        return 0
+    return begin.follow(store, run, as_json=machine_reads, cancels=True)
+
+
+def resume(
+    run: Run,
+    *,
+    max_usd: MaxUsd = None,
+    wait: WaitFor = None,
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Do not follow.")] = False,
+    as_json: Json = False,
+    output: Output = Form.TEXT,
+) -> int:
+    """Carry a run on: with a live driver only follow it, else re-attach to its node, or take a new one."""
+    from orchestrator import begin, requests
+    from orchestrator.clock import SystemClock
+
+    store = open_store()
+    record = find_record(store, run)
+    limits = begin.Limits.read(wait, max_usd)
+    requests.resume(store, record, SystemClock(), max_usd=limits.max_usd, wait_seconds=limits.wait_seconds)
+    if detach:
+        state = store.summary(record.run) or {"state": record.state}
+        document = {"run": record.run, "state": state["state"]}
+        answer(document, as_json=machine(as_json, output), human=lambda: begin.say_detached(record.run))
+        return 0
+    return begin.follow(store, record.run, as_json=machine(as_json, output))

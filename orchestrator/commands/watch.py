@@ -1,0 +1,96 @@
+"""Looking at runs: status, tail, show."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from orchestrator.commands.common import (
+    AnyRun,
+    Form,
+    Json,
+    Output,
+    answer,
+    examples,
+    find_record,
+    find_run,
+    machine,
+    open_store,
+    print_json,
+)
+
+PANEL = "Watch"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    shown = {"rich_help_panel": PANEL}
+    app.command("status", epilog=examples("llmctl status", "llmctl status --watch", "llmctl status -o json"), **shown)(status)
+    app.command("tail", epilog=examples("llmctl tail", "llmctl tail RUN --lines 50 --no-follow"), **shown)(tail)
+    app.command("show", epilog=examples("llmctl show", "llmctl show RUN --json | jq .cost_usd"), **shown)(show)
+
+
+def status(
+    run: AnyRun = None,
+    *,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Stay, and show what changes.")] = False,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Ask the providers first.")] = False,
+    as_json: Json = False,
+    output: Output = Form.TEXT,
+) -> None:
+    """Show every run and every node that bills, with dollars so far. Reads the store alone, unless told to refresh."""
+    from orchestrator import show as documents
+
+    store = open_store()
+    if refresh:
+        from orchestrator import inventory
+
+        inventory.refresh(store)
+    chosen = find_run(store, run) if run is not None else None
+    if watch and not machine(as_json, output):
+        from orchestrator import render_watch
+
+        render_watch.watch(store, chosen)
+        return
+    rows = documents.status(store, chosen)
+    if machine(as_json, output):
+        print_json(rows)
+        return
+    from orchestrator import render_status
+    from runs.store import utcnow
+
+    render_status.status(rows, age_seconds=documents.inventory_age(store, utcnow()))
+
+
+def tail(
+    run: AnyRun = None,
+    *,
+    follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Stay until the run ends.")] = True,
+    lines: Annotated[
+        int | None, typer.Option("--lines", "-n", min=0, metavar="N", help="Begin with the last N lines.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+    output: Output = Form.TEXT,
+) -> int:
+    """Print a run's log from its start, then follow it. With --json: the lines of metrics.jsonl."""
+    from orchestrator import tailing
+    from orchestrator.clock import SystemClock
+
+    store = open_store()
+    chosen = find_run(store, run)
+    if machine(as_json, output):
+        return tailing.metrics(store.home, chosen, SystemClock(), lines=lines, following=follow)
+    return tailing.log(store.home, chosen, SystemClock(), lines=lines, following=follow)
+
+
+def show(run: AnyRun = None, *, as_json: Json = False, output: Output = Form.TEXT) -> None:
+    """Show the whole record of a run: spec, hardware, attempts, timeline, charges by phase, checkpoints, events."""
+    from orchestrator import render_show
+    from orchestrator import show as documents
+    from runs.store import utcnow
+
+    store = open_store()
+    record, now = find_record(store, run), utcnow()
+    document = documents.show(store, record, now)
+    answer(document, as_json=machine(as_json, output), human=lambda: render_show.show(document, record, now))

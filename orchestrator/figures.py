@@ -1,0 +1,97 @@
+"""Figures as people read them: dollars, durations, counts, rates. Pure text; `-` stands for what is not known."""
+
+from __future__ import annotations
+
+import math
+import re
+
+NONE = "-"
+_CONTROL = re.compile(
+    r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b.|[\x00-\x08\x0b-\x1f\x7f-\x9f]"
+)
+
+
+def dollars(value: float | None) -> str:
+    """`$1,234.56`; four decimals under ten cents, so that a local run's bill is not zero."""
+    if value is None:
+        return NONE
+    return f"${value:,.4f}" if 0 < abs(value) < 0.1 else f"${value:,.2f}"
+
+
+def duration(seconds: float | None) -> str:
+    """`45s`, `3m20s`, `2h05m`, `3d04h`."""
+    if seconds is None or not math.isfinite(seconds):
+        return NONE
+    if seconds < 10:
+        return f"{max(0.0, seconds):.1f}s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+
+
+def hours(value: float | None) -> str:
+    """Hours with as many decimals as they need."""
+    if value is None:
+        return NONE
+    return f"{value:.3f}" if value < 1 else f"{value:.2f}"
+
+
+def count(value: float | None) -> str:
+    """`950`, `12.3K`, `163M`, `3.26B`."""
+    if value is None:
+        return NONE
+    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(value) >= limit:
+            return f"{value / limit:.3g}{unit}"
+    return f"{value:.0f}"
+
+
+def size(value: float | None) -> str:
+    """Bytes in decimal units: `1.2 GB`."""
+    if value is None:
+        return NONE
+    for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if value >= limit:
+            return f"{value / limit:.3g} {unit}"
+    return f"{value:.0f} B"
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A loss, or any other plain number. What is not finite is shown as what it is."""
+    return NONE if value is None else f"{value:.{digits}f}"
+
+
+def percent(value: float | None) -> str:
+    """`43.2%`."""
+    return NONE if value is None else f"{value:.1%}"
+
+
+def sane(text: str) -> str:
+    """`text` without escape sequences and control characters: what a node prints must not drive this terminal."""
+    return _CONTROL.sub("", text)
+
+
+def spark(values: list[float], width: int) -> str:
+    """A curve in one line of block characters; the mean of the values that fall into a cell. What is not finite is a gap."""
+    if not values or width < 1:
+        return ""
+    cells = []
+    for index in range(min(width, len(values))):
+        low = index * len(values) // min(width, len(values))
+        high = max(low + 1, (index + 1) * len(values) // min(width, len(values)))
+        part = [value for value in values[low:high] if math.isfinite(value)]
+        cells.append(sum(part) / len(part) if part else math.nan)
+    known = [value for value in cells if math.isfinite(value)]
+    if not known:
+        return ""
+    low_value, span = min(known), max(known) - min(known)
+    blocks = "▁▂▃▄▅▆▇█"
+    return "".join(
+        blocks[min(7, int((value - low_value) / span * 8)) if span else 0] if math.isfinite(value) else " "
+        for value in cells
+    )

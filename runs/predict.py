@@ -1,0 +1,376 @@
+"""What a run will need, take and cost on an offer, before anything is rented: pure arithmetic, and what it rests on.
+
+Speed comes from this user's own runs where there are any (`history`), else from the roofline (`roofline`); of a CPU
+without history nothing is known, and nothing is made up.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from runs import roofline
+from runs.charges import billed, price
+from runs.facts import Offer
+from runs.history import Past, alike, evaluated_tokens, same_machine
+from runs.rows import usd
+from runs.sections import RunSpec
+from trainer import flops
+from trainer.config import ConfigError, ModelConfig, TrainConfig, check_batch, divisors
+from trainer.gpus import GPUS, Gpu
+
+Basis = Literal["history", "roofline", "unknown"]
+
+ENOUGH_TOKENS = {"cuda": 65_536, "cpu": 16_384}
+USABLE = 0.92
+"""As the trainer chooses (trainer.microbatch, which needs torch)."""
+
+_BOOT = {"local": 5.0, "ssh": 5.0, "ec2": 180.0, "lambda": 240.0}
+_BOOT_MANY_GPUS = 600.0
+"""Seconds from launch to SSH without history: Lambda's single-GPU types take a few minutes, its 8-GPU types up to 25."""
+_PREPARE = {True: 90.0, False: 20.0}
+"""Environment, first shards and, on a GPU, the first step's compiling."""
+_RELEASE = {True: 20.0, False: 2.0}
+_PULL_BYTES_PER_SECOND = {True: 10e6, False: 200e6}
+"""Checkpoints to a home connection (7 to 12 MB/s were published), and from a node on this machine."""
+_SPREAD = {"same": 0.1, "alike": 0.2}
+"""Relative error where the same run has been here before, and where only its like has."""
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What must leave this machine before and while the node trains."""
+
+    bytes: int = 0
+    first_bytes: int = 0
+    """Of the shards without which training cannot start."""
+    bytes_per_second: float = 2.5e6
+    """The uplink; 20 Mbit/s where nothing was measured."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One offer's answer. None where nothing honest can be said."""
+
+    offer: Offer
+    parameters: int
+    flops_per_token: int
+    memory_parts_gib: dict[str, float]
+    """weights, gradients, optimizer, activations_and_logits, context: of one process."""
+    memory_gib: float | None
+    fits: bool | None
+    microbatch_size: int | None
+    tokens_per_second: float | None
+    mfu: float | None
+    basis: Basis
+    error: float | None
+    """Relative, of hours and dollars."""
+    phases: dict[str, float]
+    """Seconds of one node."""
+    upload_usd: float
+    """Part of the bill: a node that waits for data from this machine."""
+    cost_usd: float | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def training_hours(self) -> float | None:
+        """Hours of steps."""
+        return self.phases["training"] / 3600 if "training" in self.phases else None
+
+    @property
+    def overhead_hours(self) -> float | None:
+        """Hours of everything else that is billed."""
+        return (
+            sum(value for key, value in self.phases.items() if key != "training") / 3600
+            if self.phases
+            else None
+        )
+
+    @property
+    def hours(self) -> float | None:
+        """Hours from launch to release."""
+        return sum(self.phases.values()) / 3600 if self.phases else None
+
+    @property
+    def low_usd(self) -> float | None:
+        """The optimistic end."""
+        return (
+            self.cost_usd * (1 - self.error) if self.cost_usd is not None and self.error is not None else None
+        )
+
+    @property
+    def high_usd(self) -> float | None:
+        """The pessimistic end."""
+        return (
+            self.cost_usd * (1 + self.error) if self.cost_usd is not None and self.error is not None else None
+        )
+
+    def phase_usd(self) -> dict[str, float]:
+        """Dollars of each phase, the provider's rounding in the last."""
+        total = sum(self.phases.values())
+        cost = self.cost_usd or 0.0
+        return {key: cost * value / total for key, value in self.phases.items()} if total else {}
+
+    def document(self) -> dict[str, Any]:
+        """`predicted` of `plan --json`."""
+        return {
+            "parameters": self.parameters, "flops_per_token": self.flops_per_token, "memory_gib": self.memory_gib,
+            "fits": self.fits, "microbatch_size": self.microbatch_size, "tokens_per_second": self.tokens_per_second,
+            "mfu": self.mfu, "training_hours": self.training_hours, "overhead_hours": self.overhead_hours,
+            "cost_usd": self.cost_usd, "basis": self.basis, "error": self.error, "low_usd": self.low_usd,
+            "high_usd": self.high_usd, "flops_formula": flops.FORMULA, "memory_parts_gib": self.memory_parts_gib,
+            "phases": {key: {"seconds": value, "usd": self.phase_usd()[key]} for key, value in self.phases.items()},
+            "upload_usd": self.upload_usd, "notes": list(self.notes),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the budget says to a prediction."""
+
+    refused: bool = False
+    """Even the optimistic end does not fit."""
+    reasons: list[str] = field(default_factory=list)
+
+
+def predict(
+    spec: RunSpec, offer: Offer, history: Sequence[Past] = (), transfer: Transfer | None = None
+) -> Prediction:
+    """The run of `spec` on `offer`; `history` is oldest first. Raises ConfigError where its batch does not divide over the offer's GPUs."""
+    world = spec.processes(offer.gpus)
+    check_batch(spec.train, world)
+    gpu = GPUS.get(offer.gpu) if offer.gpu and spec.train.device == "cuda" else None
+    memory = gpu.memory_gib if gpu else None
+    size = microbatch(spec, world, memory)
+    needed = flops.memory_gib(spec.model, spec.train, size or 1, world)
+    speed, basis, error, notes = _speed(spec, offer, gpu, size or 1, history)
+    phases: dict[str, float] = {}
+    upload = 0.0
+    if speed is not None:
+        same = (item for item in reversed(history) if item.finished and alike(item, spec, offer) == "same")
+        phases, upload = _phases(
+            spec, offer, speed, next(same, None), history=history, transfer=transfer or Transfer()
+        )
+    cost = _cost(offer, spec.hardware.nodes, sum(phases.values())) if phases else None
+    if gpu is None and spec.train.device == "cuda":
+        notes += (
+            f"{offer.gpu or 'no GPU'} is not in the GPU table, so memory and speed cannot be predicted",
+        )
+    return Prediction(
+        offer=offer,
+        parameters=flops.parameters(spec.model),
+        flops_per_token=flops.flops_per_token(spec.model),
+        memory_parts_gib=memory_parts(spec.model, spec.train, size or 1, world),
+        memory_gib=needed,
+        fits=None if memory is None else size is not None and needed <= USABLE * memory,
+        microbatch_size=size,
+        tokens_per_second=speed,
+        mfu=_mfu(spec, offer, gpu, speed),
+        basis=basis,
+        error=error,
+        phases=phases,
+        upload_usd=usd(price(upload, offer.tariff.micro_usd_per_hour)) * spec.hardware.nodes,
+        cost_usd=cost,
+        notes=notes,
+    )
+
+
+def rank(predictions: Sequence[Prediction], by: Literal["usd", "hours"] = "usd") -> list[Prediction]:
+    """Cheapest (or fastest) first; what does not fit after what does, and what is unknown last."""
+
+    def key(item: Prediction) -> tuple[bool, bool, float]:
+        value = item.cost_usd if by == "usd" else item.hours
+        return (item.fits is False, value is None, value if value is not None else math.inf)
+
+    return sorted(predictions, key=key)
+
+
+def verdict(prediction: Prediction, max_usd: float | None, max_hours: float | None) -> Verdict:
+    """Whether a budget will hold: refused where even the optimistic end exceeds it, with by how much."""
+    reasons: list[str] = []
+    refused = False
+    error = prediction.error or 0.0
+    for value, limit, form in (
+        (prediction.cost_usd, max_usd, "${:.2f}"), (prediction.hours, max_hours, "{:.2f} hours")):  # fmt: skip
+        if value is None or limit is None or value <= limit:
+            continue
+        hopeless = value * (1 - error) > limit
+        refused = refused or hopeless
+        even = "even the optimistic figure exceeds" if hopeless else "exceeds"
+        shown = form.format(value * (1 - error) if hopeless else value)
+        reasons.append(f"{shown} {even} the budget of {form.format(limit)} by {form.format(value * (1 - error * hopeless) - limit)}")  # fmt: skip
+    return Verdict(refused, reasons)
+
+
+def microbatch(spec: RunSpec, world: int, memory_gib: float | None) -> int | None:
+    """The microbatch of the spec, or for `auto` the largest divisor that is predicted to fit; None where none does."""
+    if spec.train.microbatch_size != "auto":
+        return spec.train.microbatch_size
+    limit = max(1, ENOUGH_TOKENS[spec.train.device] // spec.model.context_length)
+    sizes = [size for size in divisors(spec.train.global_batch_size // world) if size <= limit]
+    if memory_gib is not None:
+        sizes = [
+            n for n in sizes if flops.memory_gib(spec.model, spec.train, n, world) <= USABLE * memory_gib
+        ]
+    return max(sizes, default=None)
+
+
+def memory_parts(
+    model: ModelConfig, train: TrainConfig, microbatch_size: int, world: int
+) -> dict[str, float]:
+    """GiB of one process by what holds it; they sum to `flops.memory_gib`."""
+    state = flops.state_bytes(model, train, world) / 2**30
+    weights = 4 * flops.parameters(model) / 2**30 / (world if train.sharding == "fsdp" else 1)
+    activations = 1.1 * flops.activation_bytes(model, train, microbatch_size) / 2**30
+    total = flops.memory_gib(model, train, microbatch_size, world)
+    return {
+        "weights": weights,
+        "gradients": weights,
+        "optimizer": state - 2 * weights,
+        "activations_and_logits": activations,
+        "context": total - state - activations,
+    }
+
+
+def _speed(
+    spec: RunSpec, offer: Offer, gpu: Gpu | None, size: int, history: Sequence[Past]
+) -> tuple[float | None, Basis, float | None, tuple[str, ...]]:
+    """(tokens/s, what it rests on, relative error, notes)."""
+    same = [item.tokens_per_second for item in history if alike(item, spec, offer) == "same"]
+    if same:
+        spread = (max(same) - min(same)) / statistics.median(same) / 2
+        note = (
+            f"speed of {len(same)} earlier run{'s' * (len(same) > 1)} of this kind on {offer.instance_type}"
+        )
+        return statistics.median(same), "history", max(spread, _SPREAD["same"]), (note,)
+    if gpu is None:
+        return _scaled(spec, offer, history)
+    modelled = roofline.predict(
+        spec.model, spec.train, gpu, offer.gpus, spec.hardware.nodes, microbatch_size=size
+    )
+    if modelled is None:
+        return None, "unknown", None, (f"{gpu.key} has no bf16 tensor cores: its speed is not predicted",)
+    ratios = [ratio for item in history if (ratio := _ratio(item, gpu)) is not None]
+    if ratios:
+        factor = statistics.median(ratios)
+        note = f"roofline x {factor:.2f}, as measured in {len(ratios)} earlier run{'s' * (len(ratios) > 1)} on {gpu.key}"
+        spread = (max(ratios) - min(ratios)) / factor / 2
+        return modelled.tokens_per_second * factor, "history", max(spread, _SPREAD["alike"]), (note,)
+    note = "roofline and communication model, no run of yours on this GPU yet"
+    return modelled.tokens_per_second, "roofline", roofline.ERROR, (note,)
+
+
+def _ratio(past: Past, gpu: Gpu) -> float | None:
+    """Measured over modelled speed of an earlier run on the same GPU."""
+    if past.gpu != gpu.key or past.device != "cuda":
+        return None
+    modelled = roofline.predict(
+        past.model, past.train, gpu, past.gpus, past.nodes, microbatch_size=past.microbatch_size
+    )
+    return past.tokens_per_second / modelled.tokens_per_second if modelled else None
+
+
+def _scaled(
+    spec: RunSpec, offer: Offer, history: Sequence[Past]
+) -> tuple[float | None, Basis, float | None, tuple[str, ...]]:
+    """On a CPU: an earlier run on the same machine, by FLOPs; None without one, or where the sizes differ too much."""
+    if spec.train.device != "cpu":
+        return None, "unknown", None, ()
+    wanted = flops.flops_per_token(spec.model)
+    near = [item for item in history if same_machine(item, offer) and item.device == "cpu"]
+    near = [item for item in near if 0.1 <= wanted / flops.flops_per_token(item.model) <= 10]
+    if not near:
+        note = "the speed of a CPU is known only from a run: none like this one has been made on this machine yet"
+        return None, "unknown", None, (note,)
+    best = min(near, key=lambda item: abs(math.log(wanted / flops.flops_per_token(item.model))))
+    factor = flops.flops_per_token(best.model) / wanted
+    error = min(0.6, 0.2 + 0.3 * abs(math.log2(factor)))
+    return (
+        best.tokens_per_second * factor,
+        "history",
+        error,
+        ("scaled by FLOPs from an earlier run on this machine",),
+    )
+
+
+def _phases(
+    spec: RunSpec,
+    offer: Offer,
+    speed: float,
+    past: Past | None,
+    *,
+    history: Sequence[Past],
+    transfer: Transfer,
+) -> tuple[dict[str, float], float]:
+    """(seconds by phase of one node, of which a node waits for uploads)."""
+    rented = spec.hardware.rented
+    training = past.training_seconds * spec.steps / past.steps if past and past.steps else spec.tokens / speed
+    if past is not None:
+        others = {key: value for key, value in past.phases.items() if key not in {"training", "redone"}}
+        scale = evaluated_tokens(spec) / past.evaluated_tokens if past.evaluated_tokens else 1.0
+        gaps = others.get("idle", 0.0) * spec.steps / past.steps  # between steps, most of it
+        phases = {
+            **others,
+            "evaluating": others.get("evaluating", 0.0) * scale,
+            "training": training,
+            "idle": gaps,
+        }
+        upload = 0.0
+    else:
+        upload = max(
+            transfer.first_bytes / transfer.bytes_per_second,
+            transfer.bytes / transfer.bytes_per_second - training,
+        )
+        upload = max(upload, 0.0)
+        near = [item.phases for item in history if same_machine(item, offer)]
+        defaults = {
+            "booting": max(
+                _BOOT.get(offer.provider, 240.0), _BOOT_MANY_GPUS if rented and offer.gpus > 1 else 0.0
+            ),
+            "preparing": _PREPARE[spec.train.device == "cuda"],
+            "collecting": _pull_bytes(spec) / _PULL_BYTES_PER_SECOND[rented or offer.provider == "ssh"],
+            "releasing": _RELEASE[rented],
+        }
+        known = {key: statistics.median(item[key] for item in near if key in item)
+                 for key in defaults if any(key in item for item in near)}  # fmt: skip
+        phases = {
+            **defaults,
+            **known,
+            "training": training,
+            "evaluating": evaluated_tokens(spec) / (3 * speed),
+        }
+        phases["preparing"] += upload
+    order = ("booting", "preparing", "training", "evaluating", "idle", "collecting", "releasing")
+    return {key: phases[key] for key in order if phases.get(key)}, upload
+
+
+def _pull_bytes(spec: RunSpec) -> int:
+    """Of the last checkpoint, which is pulled while the node waits: float32 weights and two moments."""
+    return 0 if spec.checkpoint.fetch == "none" else 12 * flops.parameters(spec.model)
+
+
+def _cost(offer: Offer, nodes: int, seconds: float) -> float:
+    """Dollars of all nodes for `seconds` each, as the tariff counts."""
+    return usd(price(billed(seconds, offer.tariff), offer.tariff.micro_usd_per_hour)) * nodes
+
+
+def _mfu(spec: RunSpec, offer: Offer, gpu: Gpu | None, speed: float | None) -> float | None:
+    if gpu is None or gpu.bf16_flops is None or speed is None:
+        return None
+    return speed * flops.flops_per_token(spec.model) / (gpu.bf16_flops * offer.gpus * spec.hardware.nodes)
+
+
+def fitting(spec: RunSpec, offers: Sequence[Offer]) -> list[Offer]:
+    """The offers over whose GPUs the spec's global batch divides."""
+
+    def divides(offer: Offer) -> bool:
+        try:
+            check_batch(spec.train, spec.processes(offer.gpus))
+        except ConfigError:
+            return False
+        return True
+
+    return [offer for offer in offers if divides(offer)]

@@ -1,0 +1,106 @@
+"""The main job on real parts: a node that answers SSH, a real transfer, two processes of torchrun, a bill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cli import Cli, spec
+from trainer import manifest
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Iterator[Cli]:
+    """A CLI with an empty home; nothing of it may be left running."""
+    cli = Cli(tmp_path / "home")
+    yield cli
+    left = [" ".join(process.cmdline())[:200] for process in cli.processes()]
+    cli.end()
+    assert left == []
+
+
+def finished(cli: Cli, run: str, steps: int = 60) -> None:
+    """What is true of every run that succeeded, however it got there."""
+    document = cli.show(run)
+    assert (document["state"], document["reason"]) == ("succeeded", "finished")
+    made = [line["step"] for line in cli.metrics(run) if line["kind"] == "step"]
+    assert made == list(range(1, steps + 1)), "each step's metrics once, in order"
+    charges = document["charges"]
+    assert sum(charge["usd"] for charge in charges) == pytest.approx(document["cost_usd"], abs=1e-6)
+    assert document["cost_usd"] == pytest.approx(document["billed_seconds"] * 3.6 / 3600, abs=2e-6)
+    assert 0 < document["training_seconds"] < document["billed_seconds"]
+    assert document["overhead_fraction"] == pytest.approx(1 - document["training_seconds"] / document["billed_seconds"])
+    best = [item for item in document["checkpoints"] if item["best"]]
+    assert best and best[0]["fetched"]
+    assert manifest.verify(Path(best[0]["path"])) == []
+
+
+def test_launch_trains_collects_releases_and_prices(cli: Cli) -> None:
+    """From a spec to a verified checkpoint and a bill, with one command; then nothing is left running."""
+    (cli.home / "run.yaml").write_text(spec())
+    cli.run("launch", "run.yaml")
+    run = cli.only()
+    finished(cli, run)
+    fetched = cli.json("fetch-checkpoint", run)
+    assert fetched["verified"] and manifest.digest(Path(fetched["path"])) == fetched["sha256"]
+    (row,) = cli.json("compare")
+    assert row["run"] == run and row["cost_usd"] == cli.show(run)["cost_usd"]
+    assert row["validation_loss"] < 5.6
+    log = cli.run("tail", run, "--no-follow").stdout.splitlines()
+    assert len(log) == len((cli.home / "runs" / run / "train.log").read_text().splitlines())
+
+
+def test_second_launch_sends_nothing_again(cli: Cli) -> None:
+    """What the first run left on the node's home is used by the second: no shard is sent, no environment is looked for."""
+    (cli.home / "run.yaml").write_text(spec(train__steps=10, train__validate_every=10))
+    cli.run("launch", "run.yaml")
+    cli.run("launch", "run.yaml")
+    newest, oldest = [row["run"] for row in cli.json("status")]
+    sent = {}
+    for run in (oldest, newest):
+        lanes = [item for item in cli.show(run)["events"] if item["kind"] == "LaneDone" and item["lane"] == "data"]
+        sent[run] = lanes[-1]["sent_bytes"]
+    assert sent[oldest] > 1_000_000 and sent[newest] == 0
+
+
+def test_kill_everything_here_then_resume(cli: Cli) -> None:
+    """kill -9 of the follower and of the driver in mid-training; `resume` ends in the same result, each step once."""
+    (cli.home / "run.yaml").write_text(spec(train__steps=400, train__validate_every=100))
+    launch = cli.start("launch", "run.yaml")
+    cli.wait(lambda: cli.json("status") and (cli.json("status")[0]["step"] or 0) > 20)
+    run = cli.only()
+    launch.kill()
+    launch.communicate()
+    os.kill(cli.driver_pid(run), signal.SIGKILL)
+    cli.run("resume", run)
+    finished(cli, run, steps=400)
+    starts = [item for item in cli.show(run)["events"] if item["kind"] == "DriverStarted"]
+    assert len(starts) >= 2
+    launches = [item for item in cli.show(run)["events"] if item["kind"] == "LaunchIntended"]
+    assert len(launches) == 1, "the node lived on: no second one was launched"
+
+
+def test_stop_keeps_the_last_checkpoint_and_resume_goes_on(cli: Cli) -> None:
+    """`stop` writes and brings home a checkpoint, and releases; `resume` continues from it on a new node."""
+    (cli.home / "run.yaml").write_text(spec(train__steps=600, train__validate_every=200))
+    cli.run("launch", "run.yaml", "--detach")
+    run = cli.only()
+    cli.wait(lambda: (cli.row(run)["step"] or 0) > 20)
+    cli.run("stop", run)
+    document = cli.show(run)
+    assert (document["state"], document["reason"]) == ("stopped", "user")
+    newest = max(document["checkpoints"], key=lambda item: item["step"])
+    assert newest["fetched"] and manifest.verify(Path(newest["path"])) == []
+    cli.run("resume", run)
+    finished(cli, run, steps=600)
+    document = cli.show(run)
+    assert document["attempts"][-1]["from_step"] == newest["step"]
+    resumed = [json.loads(line) for line in (cli.home / "runs" / run / "metrics.raw.jsonl").read_text().splitlines()]
+    assert any(line["kind"] == "resume" and line["step"] == newest["step"] for line in resumed)

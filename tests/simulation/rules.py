@@ -1,0 +1,208 @@
+"""What must hold, whatever happens."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from orchestrator import world as w
+from runs import charges
+from runs import events as e
+from runs.facts import run_of
+from runs.fold import fold_node, fold_run
+from runs.record import NodeRecord, RunRecord
+from runs.store import StaleEpoch, Store
+
+if TYPE_CHECKING:
+    from .cloud import Machine
+    from .engine import Schedule
+
+_RELEASES = {"succeeded", "trainer-stopped", "trainer-failed", "trainer-deadline", "trainer-interrupted"}
+
+
+class Broken(AssertionError):
+    """An invariant does not hold."""
+
+
+def _hold(condition: bool, what: str) -> None:
+    if not condition:
+        raise Broken(what)
+
+
+class Rules:
+    """The invariants of one schedule."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.s = schedule
+        self.extended = False
+        self._verified: dict[int, str] = {}
+        self._last: RunRecord | None = None
+
+    # ------------------------------------------------------------ at each call that costs
+
+    def before_call(self, method: str, key: str) -> None:
+        """The intent is on disk, as a second connection reads it, and has no outcome; a launch is called once."""
+        rows = self.s.ground.disk.execute("SELECT kind FROM events WHERE stream = ? ORDER BY seq", (f"node:{key}",))
+        kinds = [row[0] for row in rows]
+        if method == "launch":
+            _hold(kinds == ["LaunchIntended"], f"launch of {key} is called after {kinds}")
+            _hold(not self.s.cloud.launches.get(key), f"launch of {key} is called twice")
+        else:
+            _hold(kinds[-1:] == ["TerminateIntended"], f"terminate of {key} is called after {kinds}")
+            self._nothing_left_behind(key)
+
+    def _nothing_left_behind(self, key: str) -> None:
+        """A node that could be collected from is released only when what was wanted is here, or nothing is left to pay with."""
+        run = self.s.record()
+        node = run.node(key)
+        assert node is not None
+        box = self.s.boxes.get(node.id or "")
+        attempt = next((item for item in run.attempts if key in item.keys), None)
+        if box is None or attempt is None or attempt.keys[0] != key or not box.checkpoints:
+            return
+        if node.terminate_reason not in _RELEASES or not box.reachable(self.s.t, self.s.plan):
+            return
+        if node.terminate_reason == "succeeded" and self.s.plan.fetch == "none":
+            return
+        newest = max(box.checkpoints)
+        _hold(newest in self.s.here, f"{key} is released ({node.terminate_reason}) and step {newest} is not here")
+
+    def refused(self, store: Store, epoch: int) -> None:
+        """The old driver wakes up and wants to write."""
+        late = e.StopRequested(at=self.s.now(), reason="late")
+        try:
+            Store.commit(store, [(e.run_stream(self.s.run), late)], epoch=epoch)
+        except StaleEpoch:
+            return
+        raise Broken("a driver that was superseded could write")
+
+    # ------------------------------------------------------------ after each step
+
+    def after_step(self, answer: w.Effect | w.Wait | w.Done, run: RunRecord) -> None:
+        """What can be told from one record."""
+        _hold(not (run.live and isinstance(answer, w.Done)), "done, and the run has not ended")
+        if isinstance(answer, w.Launch | w.BeginAttempt | w.Prepare | w.StartTrainer):
+            fresh = run.attempt is None or run.attempt.starts <= 1
+            stopping = run.stop is not None and run.stop.at < self.s.now() and self._older(run, answer)
+            _hold(not (stopping and fresh), f"{type(answer).__name__} though the run is to stop")
+        living: dict[str, int] = {}
+        for machine in self.s.cloud.machines.values():
+            if machine.alive(self.s.t):
+                living[machine.key] = living.get(machine.key, 0) + 1
+        _hold(all(count == 1 for count in living.values()), f"doubled instances: {living}")
+        known = {node.key for node in run.nodes}
+        _hold(set(living) <= known, f"instances without an intent: {set(living) - known}")
+        for step, sha in self._verified.items():
+            item = run.checkpoints.get(step)
+            _hold(item is not None and item.fetched and item.sha256 == sha, f"the verified step {step} was forgotten")
+        self._verified = {step: item.sha256 for step, item in run.checkpoints.items() if item.fetched}
+        if run is not self._last:
+            self._last = run
+            self.bill(run, self.s.now())
+
+    def _older(self, run: RunRecord, answer: object) -> bool:
+        """The stop was in the record that the step began with."""
+        stop = run.stop
+        return stop is not None and (self.s.now() - stop.at).total_seconds() > 60.0
+
+    def bill(self, run: RunRecord, now: datetime) -> None:
+        """Charges sum to the bill to the micro-dollar, are never negative, and never overlap."""
+        items = charges.charges(run, now)
+        _hold(sum(item.micro_usd for item in items) == charges.total(run, now), "the phases do not sum to the bill")
+        last: dict[str, datetime] = {}
+        for item in items:
+            _hold(item.micro_usd >= 0 and item.start <= item.end, f"a negative charge: {item}")
+            _hold(item.start >= last.get(item.node, item.start), f"charges overlap: {item}")
+            last[item.node] = item.end
+
+    # ------------------------------------------------------------ at the end
+
+    def at_end(self, *, everything: bool = False) -> None:
+        """Nothing lives that is not kept; nothing is unsettled; the bill is right; rows are what events make of them."""
+        run, t = self.s.record(), self.s.t
+        _hold(run.outcome is not None, "a driver is done and the run is not")
+        for node in run.nodes:
+            _hold(node.settled or (node.kept and run_of(node.key) == run.run), f"{node.key} is not settled: {node}")
+            _hold(not node.kept or self.s.plan.on_finish != "terminate", f"{node.key} is kept for no reason")
+        abandoned = {node.key for node in run.nodes if node.answer == "abandoned"}
+        for machine in self.s.cloud.machines.values():
+            node = run.node(machine.key)
+            _hold(node is not None, f"{machine.key} has no record")
+            assert node is not None
+            late = machine.key in abandoned and not everything
+            _hold(node.kept or late or not machine.alive(t), f"{machine.key} lives on ({node.gone_evidence}, {node.answer})")
+        self._outcome(run)
+        if not everything:
+            self._budget(run)
+        else:
+            self._ledger(run)
+            self._folded(run)
+
+    def _outcome(self, run: RunRecord) -> None:
+        if run.outcome == "succeeded":
+            last = run.checkpoints.get(run.steps)
+            _hold(last is not None, "succeeded without a last checkpoint")
+            _hold(self.s.plan.fetch == "none" or run.steps in self.s.here, "succeeded, and the model is not here")
+        if run.outcome != "succeeded" and run.cancelled and run.stop is None and not run.resumes:
+            _hold(run.outcome in {"stopped", "failed", "lost"}, f"cancelled became {run.outcome}")
+
+    def _slack(self) -> float:
+        """Seconds that faults of this schedule may have cost beyond what the driver can help: it was away, or nobody answered."""
+        plan = self.s.plan
+        slow = sum(f.seconds + 30.0 for f in plan.faults if f.kind == "blackout")
+        slow += 150.0 * sum(f.kind == "call" and f.what.split(":")[0] in {"terminate", "inventory", "find"} for f in plan.faults)
+        slow += 60.0 * sum(f.what == "launch:late" for f in plan.faults)
+        return self.s.away + slow + plan.lag_seconds + (plan.boot_seconds if self.s.away else 0.0)
+
+    def _ledger(self, run: RunRecord) -> None:
+        """The bill of each node against what the provider really counted."""
+        for machine in self.s.cloud.machines.values():
+            node = run.node(machine.key)
+            assert node is not None
+            seconds = max(0.0, min(machine.billed_until, self.s.t) - machine.active)
+            bill = charges.node_bill(node, self.s.now())
+            billed = bill.seconds if bill is not None else 0.0
+            truth = charges.billed(seconds, node.offer.tariff) if seconds > 0 else 0.0
+            low = truth - 60.0 - self.s.plan.lag_seconds - self.s.plan.minimum_seconds * (truth <= 60)
+            _hold(billed >= low, f"{node.key}: {billed:.0f} s on the bill, {truth:.0f} s in truth")
+            high = truth + 60.0 + self.s.plan.minimum_seconds + self._slack() + self._blind(machine)
+            _hold(billed <= high, f"{node.key}: {billed:.0f} s on the bill, {truth:.0f} s in truth")
+
+    def _blind(self, machine: Machine) -> float:
+        """How long it may take to learn of an end that nobody announced."""
+        unseen = {"vanished", "terminated", "preempted"} & set(machine.faults)
+        return 240.0 if unseen else 5.0 + (150.0 if "late-echo" in machine.faults else 0.0)
+
+    def _budget(self, run: RunRecord) -> None:
+        if run.max_micro_usd is None or self.extended or self.s.plan.on_finish != "terminate":
+            return
+        seconds = 60.0 + 30.0 + 2 * self._slack() + 60.0 * len(run.attempts) * run.attempts_before
+        allowed = run.max_micro_usd + self.s.plan.nodes * seconds * self.s.plan.micro_usd_per_hour / 3600
+        spent = 0.0
+        for machine in self.s.cloud.machines.values():
+            node = run.node(machine.key)
+            assert node is not None
+            if node.answer != "abandoned":
+                seconds = max(0.0, min(machine.billed_until, self.s.t) - machine.active)
+                spent += charges.price(charges.billed(seconds, node.offer.tariff), self.s.plan.micro_usd_per_hour)
+        _hold(spent <= allowed, f"{spent / 1e6:.2f} dollars were spent, {run.max_micro_usd / 1e6:.2f} allowed")
+
+    def _folded(self, run: RunRecord) -> None:
+        """Rows are the fold of the events, also after a round trip through the disk."""
+        eye = self.s.ground.reader
+        folded: RunRecord | None = None
+        for event in eye.events(e.run_stream(run.run)):
+            folded = fold_run(folded, event)  # type: ignore[arg-type]
+        stored = eye.record(run.run)
+        assert stored is not None
+        nodes: list[NodeRecord] = []
+        for node in stored.nodes:
+            made: NodeRecord | None = None
+            for event in eye.events(e.node_stream(node.key)):
+                made = fold_node(made, event)  # type: ignore[arg-type]
+            _hold(made == node, f"the row of {node.key} is not the fold of its events")
+            assert made is not None
+            nodes.append(made)
+        bare = stored.model_copy(update={"nodes": (), "state": folded.state if folded else "planned"})
+        _hold(folded == bare, "the run's row is not the fold of its events")
+        _hold(stored == run, "what a process remembers is not what is on disk")
