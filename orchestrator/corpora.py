@@ -1,9 +1,10 @@
 """Corpora that llmctl makes itself: `builtin:NAME`.
 
 `python-stdlib` is the source text of the running Python's standard library, tests included: tens of megabytes of real
-text that are on every machine. A document is a file; documents come in the order of the SHA-256 of their path, so that neighbours
-are unrelated and the order is the same everywhere; those whose hash is a multiple of 20 are held out. Tokens are bytes, a
-zero byte before each document.
+text that are on every machine. A document is a file; one in twenty, by the SHA-256 of its path, is held out. The others are cut at
+line ends into passages of about half a kilobyte, which come in the order of a hash: a step of a small model reads a few
+kilobytes, and from whole files in a row it would see one subject at a time. The order is the same everywhere. Tokens are
+bytes, a zero byte before each passage.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from trainer import shards
 SHARD_TOKENS = 1 << 21
 HELD_OUT = 20
 """One document in so many is held out."""
+PASSAGE_BYTES = 512
 _SKIPPED = {"site-packages", "dist-packages", "__pycache__"}
 
 
@@ -50,7 +52,7 @@ def prepare(name: str, tokenizer: str, cache: Path, progress: Progress = quiet) 
     digest = hashlib.sha256()
     for key, path in documents:
         digest.update(key.encode() + hashlib.sha256(path.read_bytes()).digest())
-    folder = cache / "builtin" / f"{name}-{digest.hexdigest()[:16]}"
+    folder = cache / "builtin" / f"{name}-{PASSAGE_BYTES}-{digest.hexdigest()[:16]}"
     if not _whole(folder):
         _write(folder, documents, progress)
     return Corpus(sorted(folder.glob("train_*.bin")), sorted(folder.glob("validation_*.bin")))
@@ -79,7 +81,7 @@ def _write(folder: Path, documents: list[tuple[str, Path]], progress: Progress) 
         temporary.mkdir()
         counts = {}
         for part, wanted in (("validation", True), ("train", False)):
-            chosen = [path for key, path in documents if held_out(key) is wanted]
+            chosen = [(key, path) for key, path in documents if held_out(key) is wanted]
             for index, block in enumerate(_blocks(chosen, part, progress)):
                 info = shards.write_bin(temporary / f"{part}_{index:06d}.bin", widen(block))
                 counts[info.path.name] = info.tokens
@@ -98,16 +100,29 @@ def _write(folder: Path, documents: list[tuple[str, Path]], progress: Progress) 
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _blocks(paths: list[Path], part: str, progress: Progress) -> Iterator[bytes]:
+def _blocks(documents: list[tuple[str, Path]], part: str, progress: Progress) -> Iterator[bytes]:
+    """The shards' bytes."""
+    texts = [(key, path.read_bytes()) for key, path in documents]
+    order = sorted((hashlib.sha256(f"{key} {start}".encode()).digest(), index, start, end)
+                   for index, (key, text) in enumerate(texts) for start, end in passages(text))  # fmt: skip
     block = bytearray()
-    for index, path in enumerate(paths):
-        block += b"\0" + path.read_bytes()
+    for done, (_, index, start, end) in enumerate(order):
+        block += b"\0" + texts[index][1][start:end]
         while len(block) >= SHARD_TOKENS:
             yield bytes(block[:SHARD_TOKENS])
             del block[:SHARD_TOKENS]
-        progress(f"tokenising {part}", index + 1, len(paths))
+            progress(f"tokenising {part}", done + 1, len(order))
     if block:
         yield bytes(block)
+
+
+def passages(text: bytes) -> Iterator[tuple[int, int]]:
+    """[start, end) of each passage: at least PASSAGE_BYTES, to the end of a line."""
+    start = 0
+    while start < len(text):
+        end = text.find(b"\n", start + PASSAGE_BYTES) + 1 or len(text)
+        yield start, end
+        start = end
 
 
 def widen(block: bytes) -> bytes:

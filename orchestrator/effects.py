@@ -176,9 +176,7 @@ class Hands:
         same = (facts.status, facts.ip or node.ip, facts.port if facts.ip else node.port) == known
         noted = node.observed_at or node.intended_at
         boots_still = facts.status == "booting" and now - noted >= BOOTING_NOTED
-        accepted = node.terminate_accepted_at
-        goes_on = facts.status not in ENDED | {"terminating"} and accepted is not None and noted <= accepted
-        if same and not boots_still and not goes_on:
+        if same and not boots_still:
             return None
         return e.node_stream(node.key), e.NodeObserved(
             at=now,

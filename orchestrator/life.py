@@ -45,7 +45,7 @@ def _answers(run: RunRecord, world: w.World, now: datetime) -> Iterator[w.Effect
     yield _intents(run, world, now)
     yield _strays(run, world)
     yield _terminations(run, world, now)
-    yield _unwanted(run, now)
+    yield _unwanted(run, world, now)
     if run.live and run.attempt is not None:
         yield _limits(run, world, now)
         yield _dead(run, world, now)
@@ -101,19 +101,18 @@ def _terminations(run: RunRecord, world: w.World, now: datetime) -> w.Effect | w
             return w.Terminate(node.key, node.terminate_reason or "release")
         asked = world.confirmed_at.get(node.key)
         poll = timedelta(seconds=world.traits.terminate_poll_seconds)
-        if node.terminate_accepted_at is not None and (asked is None or asked < tried or now - asked >= poll):
+        if asked is None or asked < tried or now - asked >= poll:
             return w.Confirm(node.key)
-        until = min(again, (asked or now) + poll) if node.terminate_accepted_at is not None else again
+        until = min(again, asked + poll)
         soonest = _sooner(
             soonest, w.Wait(max(0.1, (until - now).total_seconds()), f"{node.key} is terminating")
         )
     return soonest
 
 
-def _unwanted(run: RunRecord, now: datetime) -> w.Effect | w.Wait | None:
+def _unwanted(run: RunRecord, world: w.World, now: datetime) -> w.Effect | w.Wait | None:
     """A living node that no open attempt has, and that nobody keeps."""
     wanted = run.attempt.keys if run.attempt is not None and run.live else ()
-    soonest: w.Wait | None = None
     for node in run.nodes:
         if not node.alive or node.key in wanted or (node.run != run.run and not node.kept):
             continue
@@ -123,8 +122,8 @@ def _unwanted(run: RunRecord, now: datetime) -> w.Effect | w.Wait | None:
             return w.Terminate(node.key, "no longer kept")
         if node.kept_until is not None:
             left = (node.kept_until - now).total_seconds()
-            soonest = _sooner(soonest, w.Wait(min(60.0, left), f"{node.key} is kept"))
-    return soonest
+            return _lost(node, world, now) or _nearer(world.look(now, 60.0, f"{node.key} is kept"), left)
+    return None
 
 
 # ---------------------------------------------------------------- stop, budget, deadline
@@ -157,17 +156,24 @@ def _dead(run: RunRecord, world: w.World, now: datetime) -> w.Effect | w.Wait | 
     for node in run.attempt_nodes():
         if not node.alive:
             continue
-        since = node.ready_at or node.active_at or node.intended_at
-        found = world.shown(node, node.intended_at)
-        if found is not None and found.status in ENDED:
-            return w.DeclareGone(node.key, f"listed as {found.status}")
-        if found is None and world.absent_enough(node.key, since):
-            asked = world.confirmed_at.get(node.key)
-            if asked is None or (now - asked).total_seconds() >= max(5.0, world.traits.look_seconds):
-                return w.Confirm(node.key)
-        reason = _illness(run, node, found, world, now)
+        lost = _lost(node, world, now)
+        if lost is not None:
+            return lost
+        reason = _illness(run, node, world.shown(node, node.intended_at), world, now)
         if reason is not None:
             return w.Terminate(node.key, reason)
+    return None
+
+
+def _lost(node: NodeRecord, world: w.World, now: datetime) -> w.Effect | None:
+    """A node that ended by itself. One that is missing from several lists is asked for by its id before that is believed."""
+    found = world.shown(node, node.intended_at)
+    if found is not None and found.status in ENDED:
+        return w.DeclareGone(node.key, f"listed as {found.status}")
+    if found is None and world.absent_enough(node.key, node.ready_at or node.active_at or node.intended_at):
+        asked = world.confirmed_at.get(node.key)
+        if asked is None or (now - asked).total_seconds() >= max(5.0, world.traits.look_seconds):
+            return w.Confirm(node.key)
     return None
 
 
@@ -381,6 +387,11 @@ def _backoff(tries: int, *, accepted: bool = False) -> timedelta:
 def _left(since: datetime | None, tries: int, now: datetime) -> float:
     """Seconds until the next of several tries."""
     return (since + _backoff(tries) - now).total_seconds() if since is not None else 0.0
+
+
+def _nearer(answer: w.Effect | w.Wait, seconds: float) -> w.Effect | w.Wait:
+    """A wait of at most `seconds`."""
+    return w.Wait(min(answer.seconds, seconds), answer.why) if isinstance(answer, w.Wait) else answer
 
 
 def _sooner(one: w.Wait | None, other: w.Wait) -> w.Wait:

@@ -20,6 +20,11 @@ from provisioning.base import Unavailable
 
 LONGEST_BACK_OFF_SECONDS = 60.0
 """A provider that asks for more is asked again after this."""
+SLOWER = 3.0
+"""After a "too fast" every distance is this many times as long, for a while: a limit that is stricter than documented
+would otherwise refuse the same second request of a pair for ever."""
+SLOW_REQUESTS = 60
+"""… as long as this many requests would take."""
 
 
 @dataclass(frozen=True)
@@ -36,32 +41,43 @@ class Rates:
         """The same rates in a world whose seconds last `pace` real ones."""
         return Rates(self.request_seconds * pace, self.launch_seconds * pace, self.patience_seconds)
 
+    def at(self, turns: Turns, now: float) -> Rates:
+        """The distances to keep now."""
+        return self.scaled(SLOWER) if now < turns.slow_until else self
+
 
 @dataclass(frozen=True)
 class Turns:
-    """What the processes tell each other: POSIX times of the next request, the next launch, and until when someone
-    who may not wait (a terminate) is waiting."""
+    """What the processes tell each other: POSIX times of the next request, of the next launch, until when someone who
+    may not wait (a terminate) is waiting, and until when all go slowly."""
 
     request_at: float = 0.0
     launch_at: float = 0.0
     urgent_until: float = 0.0
+    slow_until: float = 0.0
 
 
 def take_turn(turns: Turns, now: float, rates: Rates, *, launch: bool, urgent: bool) -> tuple[float, Turns]:
     """Seconds to wait before asking again (0: it is this caller's turn now), and the state to leave behind."""
-    request_at = _sane(turns.request_at, now, max(rates.request_seconds, LONGEST_BACK_OFF_SECONDS))
-    launch_at = _sane(turns.launch_at, now, rates.launch_seconds)
-    urgent_until = _sane(turns.urgent_until, now, LONGEST_BACK_OFF_SECONDS + 2 * rates.request_seconds)
-    ready = max(request_at, launch_at if launch else 0.0)
+    longest = SLOWER * rates.request_seconds
+    slow_until = _sane(turns.slow_until, now, SLOW_REQUESTS * rates.request_seconds)
+    turns = Turns(
+        request_at=_sane(turns.request_at, now, max(longest, LONGEST_BACK_OFF_SECONDS)),
+        launch_at=_sane(turns.launch_at, now, SLOWER * rates.launch_seconds),
+        urgent_until=_sane(turns.urgent_until, now, LONGEST_BACK_OFF_SECONDS + 2 * longest),
+        slow_until=slow_until,
+    )
+    distance = rates.at(turns, now)
+    ready = max(turns.request_at, turns.launch_at if launch else 0.0)
     if not urgent:
-        ready = max(ready, urgent_until)
+        ready = max(ready, turns.urgent_until)
     if ready > now:
         # The one who may not wait keeps others away until one interval after its turn: time enough to wake up.
-        kept = ready + rates.request_seconds if urgent else urgent_until
-        return ready - now, Turns(request_at, launch_at, kept)
-    taken = Turns(
-        now + rates.request_seconds, now + rates.launch_seconds if launch else launch_at, urgent_until
-    )
+        kept = ready + distance.request_seconds if urgent else turns.urgent_until
+        return ready - now, replace(turns, urgent_until=kept)
+    taken = replace(turns, request_at=now + distance.request_seconds)
+    if launch:
+        taken = replace(taken, launch_at=now + distance.launch_seconds)
     return 0.0, replace(taken, urgent_until=0.0) if urgent else taken
 
 
@@ -110,16 +126,21 @@ class Limiter:
         """The request has been answered, or given up: the next one keeps its distance from now."""
         with _locked(self._path, self._sleep) as descriptor:
             turns, now = _load(descriptor), self._now()
-            request_at = max(turns.request_at, now + self._rates.request_seconds)
-            launch_at = max(turns.launch_at, now + self._rates.launch_seconds) if launch else turns.launch_at
+            distance = self._rates.at(turns, now)
+            request_at = max(turns.request_at, now + distance.request_seconds)
+            launch_at = max(turns.launch_at, now + distance.launch_seconds) if launch else turns.launch_at
             _save(descriptor, replace(turns, request_at=request_at, launch_at=launch_at))
 
     def back_off(self, seconds: float) -> None:
-        """The provider said: not before `seconds` from now. Holds for every process."""
+        """The provider said: too fast, and not before `seconds` from now. Holds for every process."""
         seconds = min(max(seconds, 0.0), LONGEST_BACK_OFF_SECONDS)
         with _locked(self._path, self._sleep) as descriptor:
-            turns = _load(descriptor)
-            _save(descriptor, replace(turns, request_at=max(turns.request_at, self._now() + seconds)))
+            turns, now = _load(descriptor), self._now()
+            slow_until = now + SLOW_REQUESTS * self._rates.request_seconds
+            _save(
+                descriptor,
+                replace(turns, request_at=max(turns.request_at, now + seconds), slow_until=slow_until),
+            )
 
 
 class SharedReading:

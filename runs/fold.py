@@ -100,11 +100,9 @@ def _terminate_intended(node: NodeRecord, event: e.TerminateIntended) -> NodeRec
 def _terminate_answered(node: NodeRecord, event: e.TerminateAnswered) -> NodeRecord:
     if not event.accepted:
         return node
-    accepted = node.terminate_accepted_at
-    if accepted is not None and node.observed_at is not None and node.observed_at > accepted:
-        if node.status in {"booting", "active", "unhealthy"}:
-            accepted = None  # it was seen to go on as if nothing had been said: that acceptance was worth nothing
-    return _with(node, terminate_accepted_at=accepted or event.at)
+    # Asked again, and never seen to end: the earlier acceptance may have been worth nothing, and it may have billed on.
+    believed = node.terminate_accepted_at if node.status == "terminating" else None
+    return _with(node, terminate_accepted_at=believed or event.at)
 
 
 def _gone(node: NodeRecord, event: e.NodeGone) -> NodeRecord:

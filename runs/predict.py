@@ -28,9 +28,9 @@ ENOUGH_TOKENS = {"cuda": 65_536, "cpu": 16_384}
 USABLE = 0.92
 """As the trainer chooses (trainer.microbatch, which needs torch)."""
 
-_BOOT = {"local": 5.0, "ssh": 5.0, "ec2": 180.0, "lambda": 240.0}
-_BOOT_MANY_GPUS = 600.0
-"""Seconds from launch to SSH without history: Lambda's single-GPU types take a few minutes, its 8-GPU types up to 25."""
+_BOOT = {"local": 5.0, "ssh": 5.0, "ec2": 60.0, "lambda": 60.0}
+"""Billed seconds until SSH answers, without history."""
+_LAMBDA_BOOT = "Lambda bills from the moment the node is active; before that, booting takes a few minutes, with 8 GPUs up to 25"
 _PREPARE = {True: 90.0, False: 20.0}
 """Environment, first shards and, on a GPU, the first step's compiling."""
 _RELEASE = {True: 20.0, False: 2.0}
@@ -155,6 +155,8 @@ def predict(
             spec, offer, speed, next(same, None), history=history, transfer=transfer or Transfer()
         )
     cost = _cost(offer, spec.hardware.nodes, sum(phases.values())) if phases else None
+    if offer.provider == "lambda":
+        notes += (_LAMBDA_BOOT,)
     if gpu is None and spec.train.device == "cuda":
         notes += (
             f"{offer.gpu or 'no GPU'} is not in the GPU table, so memory and speed cannot be predicted",
@@ -192,16 +194,19 @@ def verdict(prediction: Prediction, max_usd: float | None, max_hours: float | No
     """Whether a budget will hold: refused where even the optimistic end exceeds it, with by how much."""
     reasons: list[str] = []
     refused = False
-    error = prediction.error or 0.0
     for value, limit, form in (
-        (prediction.cost_usd, max_usd, "${:.2f}"), (prediction.hours, max_hours, "{:.2f} hours")):  # fmt: skip
+        (prediction.cost_usd, max_usd, "${:.2f}"),
+        (prediction.hours, max_hours, "{:.2f} hours"),
+    ):
         if value is None or limit is None or value <= limit:
             continue
-        hopeless = value * (1 - error) > limit
+        best = value * (1 - (prediction.error or 0.0))
+        hopeless = best > limit
         refused = refused or hopeless
-        even = "even the optimistic figure exceeds" if hopeless else "exceeds"
-        shown = form.format(value * (1 - error) if hopeless else value)
-        reasons.append(f"{shown} {even} the budget of {form.format(limit)} by {form.format(value * (1 - error * hopeless) - limit)}")  # fmt: skip
+        shown, budget = best if hopeless else value, form.format(limit)
+        reasons.append(
+            f"{'at best' if hopeless else 'about'} {form.format(shown)}, {form.format(shown - limit)} over the budget of {budget}"
+        )
     return Verdict(refused, reasons)
 
 
@@ -327,9 +332,7 @@ def _phases(
         upload = max(upload, 0.0)
         near = [item.phases for item in history if same_machine(item, offer)]
         defaults = {
-            "booting": max(
-                _BOOT.get(offer.provider, 240.0), _BOOT_MANY_GPUS if rented and offer.gpus > 1 else 0.0
-            ),
+            "booting": _BOOT.get(offer.provider, 60.0),
             "preparing": _PREPARE[spec.train.device == "cuda"],
             "collecting": _pull_bytes(spec) / _PULL_BYTES_PER_SECOND[rented or offer.provider == "ssh"],
             "releasing": _RELEASE[rented],
@@ -348,8 +351,8 @@ def _phases(
 
 
 def _pull_bytes(spec: RunSpec) -> int:
-    """Of the last checkpoint, which is pulled while the node waits: float32 weights and two moments."""
-    return 0 if spec.checkpoint.fetch == "none" else 12 * flops.parameters(spec.model)
+    """Of the last wanted weights, float32, which are pulled while the node waits."""
+    return 0 if spec.checkpoint.fetch == "none" else 4 * flops.parameters(spec.model)
 
 
 def _cost(offer: Offer, nodes: int, seconds: float) -> float:

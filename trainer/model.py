@@ -192,6 +192,13 @@ class GPT(nn.Module):
         if model.tie_weights:
             self.head.weight = self.token_embedding.weight
 
+    def allocate(self, device: str | torch.device) -> GPT:
+        """Give a model built on the meta device memory, with nothing in it yet."""
+        self.to_empty(device=device)
+        if self.config.tie_weights:  # which to_empty has just untied
+            self.head.weight = self.token_embedding.weight
+        return self
+
     def hidden(self, tokens_bt: Tensor, cache: Sequence[KeyValues] | None = None) -> Tensor:
         """The residual stream after the final norm, (b, t, d). A cache, one entry a block, is read and extended."""
         start = cache[0].length if cache else 0
@@ -263,7 +270,7 @@ def initial_weights(model: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor
         shapes = GPT(model)
     for name, parameter in shapes.named_parameters():
         shape = unpadded(name, parameter, model).shape
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + (seed << 32))
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         yield name, _initial(name, shape, model, generator)
 
 

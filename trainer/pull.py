@@ -228,6 +228,7 @@ class Pull:
                 raise _NoRanges
             self._ranges(item, item.end)
         except _NoRanges:
+            item.broken.clear()
             self._retry(item, lambda: self._stream(item))
         self._verify(item)
         item.verified = True
@@ -345,7 +346,7 @@ class Pull:
         request = urllib.request.Request(direct or item.url, headers=headers)  # noqa: S310 - http(s) only, see _item
         try:
             with _OPENER.open(request, timeout=self._timeout) as answer:
-                if answer.geturl() != item.url:
+                if direct is None and answer.geturl() != item.url:
                     item.direct = answer.geturl()
                 yield answer
         except urllib.error.HTTPError as error:

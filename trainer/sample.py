@@ -8,29 +8,34 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainer import checkpoint, manifest
+from trainer import checkpoint, hf, manifest
 from trainer.config import ConfigError, TrainerConfig
 from trainer.model import GPT, KeyValues
 
 
 def load_model(checkpoint_dir: Path, device: str | torch.device = "cpu") -> tuple[GPT, TrainerConfig]:
-    """The model in a checkpoint directory, in float32, ready for inference. Nothing in the directory is executed.
+    """The model in a checkpoint directory of ours, or in a Hugging Face GPT-2 or Llama folder, in float32 and ready for
+    inference. Nothing in the directory is executed.
 
-    Raises ConfigError where the directory is no whole checkpoint.
+    Raises ConfigError where the directory is neither, or not whole.
     """
     path = Path(checkpoint_dir).resolve()
-    problems = [] if not (path / manifest.NAME).exists() else _weights_problems(path)
-    if problems:
-        raise ConfigError(str(checkpoint_dir), problems[0])
-    config = checkpoint.load_config(path)
-    with torch.device("meta"):
-        model = GPT(config.model)
-    model.to_empty(device=device)
     try:
-        checkpoint.restore_weights(model, checkpoint.weights(path))
+        weights, config = hf.load(path) if hf.is_hf(path) else _ours(path)
     except OSError as error:
         raise ConfigError(str(checkpoint_dir), f"cannot be read: {error}") from error
+    with torch.device("meta"):
+        model = GPT(config.model)
+    model.allocate(device)
+    checkpoint.restore_weights(model, weights)
     return model.eval().requires_grad_(requires_grad=False), config
+
+
+def _ours(path: Path) -> tuple[dict[str, Tensor], TrainerConfig]:
+    problems = _weights_problems(path) if (path / manifest.NAME).exists() else []
+    if problems:
+        raise ConfigError(str(path), problems[0])
+    return checkpoint.weights(path), checkpoint.load_config(path)
 
 
 def _weights_problems(path: Path) -> list[str]:

@@ -177,14 +177,14 @@ def build(config: TrainerConfig, here: World) -> tuple[GPT, nn.Module, Optimizer
         model = GPT(config.model, compute_dtype=dtype, recompute=train.activation_checkpointing)
     compiled = train.compile and can_compile(here.device)
     if train.sharding == "ddp":
-        model.to_empty(device=here.device)
+        model.allocate(here.device)
         _zero(model)
         if compiled:
             model.compile_blocks()
     loss.use_compiled(compiled)
     module = distributed.spread(model, train, here)
     if train.sharding == "fsdp":
-        model.to_empty(device=here.device)
+        model.allocate(here.device)
         if compiled:
             model.compile_blocks()
     model.train()

@@ -272,6 +272,34 @@ def test_processes_of_one_user_share_the_pace(lambda_cloud_factory: Factory, tmp
     assert [row["status"] for row in rows] == [404] * 12
 
 
+def test_limits_that_are_stricter_than_documented_cost_time_only(cloud: Cloud, tmp_path: Path) -> None:
+    cloud.set(request_interval=2.5, launch_interval=30.0)
+    provider = lambda_cloud.open(Home(tmp_path / "home", "0123abcd"), {})
+    assert [check.ok for check in provider.check()] == [True] * 4
+    nodes: list[str] = []
+
+    def launch() -> bool:
+        try:
+            nodes.append(provider.launch(request(attempt=len(nodes) + 1)))
+        except Ambiguous as error:
+            assert error.code == "http-429"
+        return len(nodes) == 2
+
+    until(launch)
+    assert len(cloud.machines()) == 2
+    assert 429 in {row["status"] for row in cloud.sent("")}
+    for node in nodes:
+
+        def ended(node: str = node) -> bool:
+            try:
+                provider.terminate(node)
+            except Ambiguous:
+                return False
+            return True
+
+        until(ended)
+
+
 def test_processes_of_one_user_share_one_inventory(lambda_cloud_factory: Factory, tmp_path: Path) -> None:
     made = lambda_cloud_factory(pace=5.0, rate_limits=False)  # a reading stays young for 25 s
     processes(made, tmp_path, 4, "inventory", 3)

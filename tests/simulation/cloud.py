@@ -26,6 +26,8 @@ class Machine:
     """From here on it bills."""
     faults: dict[str, tuple[float, float]] = field(default_factory=dict)
     """fault → (at, seconds), times of the schedule."""
+    late: bool = False
+    """Nobody was told of it, and it appeared when its intent was given up."""
     accepted: float = FOREVER
     """A termination was accepted and meant."""
     ended: float = FOREVER
@@ -126,6 +128,7 @@ class Cloud:
             self._time(30.0)
             raise Ambiguous("timed out")
         machine = self._start(request.marker, t + (self._late if fault == "late" else 0.0))
+        machine.late = fault == "late"
         self._passage("launch>")
         if fault in {"lost", "late"}:
             self._time(30.0)

@@ -206,8 +206,9 @@ class Schedule:
         while True:
             try:
                 driver = self.take_over(driver)
-                if look:
+                while look and driver.hands.sight.inventory is None:
                     driver.hands.perform(w.Look("reap"), self.record())
+                    self.elapse(20.0)
                 self._steps(driver)
             except Crash as crash:
                 seconds = float(crash.args[0])

@@ -152,6 +152,7 @@ class Rules:
         slow = sum(f.seconds + 30.0 for f in plan.faults if f.kind == "blackout")
         slow += 150.0 * sum(f.kind == "call" and f.what.split(":")[0] in {"terminate", "inventory", "find"} for f in plan.faults)
         slow += 60.0 * sum(f.what == "launch:late" for f in plan.faults)
+        slow += plan.granularity_seconds if self.s.away else 0.0
         return self.s.away + slow + plan.lag_seconds + (plan.boot_seconds if self.s.away else 0.0)
 
     def _ledger(self, run: RunRecord) -> None:
@@ -165,6 +166,8 @@ class Rules:
             truth = charges.billed(seconds, node.offer.tariff) if seconds > 0 else 0.0
             low = truth - 60.0 - self.s.plan.lag_seconds - self.s.plan.minimum_seconds * (truth <= 60)
             _hold(billed >= low, f"{node.key}: {billed:.0f} s on the bill, {truth:.0f} s in truth")
+            if self.s.plan.on_finish == "keep" and machine.death[0] < machine.ended:
+                continue  # nobody watches a node that is kept until further notice
             high = truth + 60.0 + self.s.plan.minimum_seconds + self._slack() + self._blind(machine)
             _hold(billed <= high, f"{node.key}: {billed:.0f} s on the bill, {truth:.0f} s in truth")
 
@@ -182,7 +185,7 @@ class Rules:
         for machine in self.s.cloud.machines.values():
             node = run.node(machine.key)
             assert node is not None
-            if node.answer != "abandoned":
+            if not machine.late:  # nothing of ours lives while it bills unseen; `reap` is for that
                 seconds = max(0.0, min(machine.billed_until, self.s.t) - machine.active)
                 spent += charges.price(charges.billed(seconds, node.offer.tariff), self.s.plan.micro_usd_per_hour)
         _hold(spent <= allowed, f"{spent / 1e6:.2f} dollars were spent, {run.max_micro_usd / 1e6:.2f} allowed")

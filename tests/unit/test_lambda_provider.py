@@ -305,9 +305,11 @@ def test_a_lie_about_terminating_is_seen_by_looking(paper: Paper) -> None:
         provider.terminate(node)
         paper.tick(10)
         assert fresh(provider).nodes[0].status == "active"
+        assert paper.server.world.ledger()[0]["billing"]
     provider.terminate(node)
     paper.tick(10)
     assert fresh(provider).nodes[0].status == "terminated"
+    assert paper.server.world.ledger()[0]["seconds"] == 20
 
 
 def test_a_machine_that_cannot_be_ended_yet_says_so(paper: Paper) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from provisioning.base import Unavailable
-from provisioning.ratelimit import Limiter, Rates, SharedReading, Turns, take_turn
+from provisioning.ratelimit import SLOWER, Limiter, Rates, SharedReading, Turns, take_turn
 
 RATES = Rates()
 
@@ -82,10 +82,33 @@ def test_the_default_rates_keep_the_documented_limits() -> None:
 
 def test_a_clock_that_was_set_back_costs_a_minute_at_most() -> None:
     year = 365 * 86400.0
-    for turns in (Turns(request_at=year), Turns(launch_at=year), Turns(urgent_until=year)):
+    for turns in (
+        Turns(request_at=year),
+        Turns(launch_at=year),
+        Turns(urgent_until=year),
+        Turns(slow_until=year),
+    ):
         seconds, left = take_turn(turns, 0.0, RATES, launch=True, urgent=False)
         assert seconds <= 60
-        assert max(left.request_at, left.launch_at, left.urgent_until) <= 120
+        assert max(left.request_at, left.launch_at, left.urgent_until, left.slow_until) <= 120
+
+
+def test_too_fast_means_slower_for_a_while(tmp_path: Path) -> None:
+    clock = Clock()
+    limiter = Limiter(tmp_path / "turns.json", now=clock.time, sleep=clock.sleep)
+
+    def distance() -> float:
+        limiter.wait()
+        limiter.done()
+        start = clock.now
+        limiter.wait()
+        return clock.now - start
+
+    assert distance() == pytest.approx(RATES.request_seconds)
+    limiter.back_off(0)
+    assert distance() == pytest.approx(SLOWER * RATES.request_seconds)
+    clock.now += 120
+    assert distance() == pytest.approx(RATES.request_seconds)
 
 
 def test_the_limiter_shares_its_state_through_a_private_file(tmp_path: Path) -> None:

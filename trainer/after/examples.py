@@ -1,8 +1,8 @@
 """Examples as JSON lines of token numbers. Standard library only.
 
-    instruction     {"prompt": [1, 2], "response": [3, 4]}
-    classification  {"tokens": [1, 2], "label": 0}
-    preference      {"prompt": [1, 2], "chosen": [3], "rejected": [4, 5]}
+instruction     {"prompt": [1, 2], "response": [3, 4]}
+classification  {"tokens": [1, 2], "label": 0}
+preference      {"prompt": [1, 2], "chosen": [3], "rejected": [4, 5]}
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ class Limits:
     cut: int = 0
 
 
-def read(paths: Sequence[str], parse: Callable[[dict[str, Any], Limits], Example], limits: Limits) -> list[Example]:
+def read(
+    paths: Sequence[str], parse: Callable[[dict[str, Any], Limits], Example], limits: Limits
+) -> list[Example]:
     """All examples of some files, in order. Raises ExampleError naming file and line."""
     found: list[Example] = []
     for name in paths:
@@ -128,7 +130,9 @@ def _tokens(raw: dict[str, Any], key: str, limits: Limits) -> tuple[int, ...]:
 def _fit(prompt: Sequence[int], response: tuple[int, ...], limits: Limits) -> tuple[int, ...]:
     room = limits.max_length + 1 - len(prompt)  # the last token is only ever a target
     if room < 1:
-        raise ValueError(f"the prompt's {len(prompt)} tokens leave no room for a response within {limits.max_length}")
+        raise ValueError(
+            f"the prompt's {len(prompt)} tokens leave no room for a response within {limits.max_length}"
+        )
     if len(response) > room:
         limits.cut += 1
     return response[:room]

@@ -42,7 +42,9 @@ class Classifier(nn.Module):
         self.classifier = nn.Linear(gpt.config.emb_dim, classes)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            self.classifier.weight.copy_(torch.randn(self.classifier.weight.shape, generator=generator) * 0.02)
+            self.classifier.weight.copy_(
+                torch.randn(self.classifier.weight.shape, generator=generator) * 0.02
+            )
             self.classifier.bias.zero_()
 
     def scores(self, tokens_bt: Tensor, last_b: Tensor) -> Tensor:
@@ -69,13 +71,20 @@ class Preference(nn.Module):
         super().__init__()
         self.gpt, self.beta = gpt, beta
 
-    def forward(self, tokens_bt: Tensor, targets_bt: Tensor, reference_b: Tensor, counted_p: Tensor, denominator: float) -> Tensor:
+    def forward(
+        self,
+        tokens_bt: Tensor,
+        targets_bt: Tensor,
+        reference_b: Tensor,
+        counted_p: Tensor,
+        denominator: float,
+    ) -> Tensor:
         """Rows 2p and 2p+1 are the chosen and the rejected response of pair p; `reference_b` their log-probabilities
         under the reference; `counted_p` is 0 for a pair that only fills up the batch."""
         gains_p2 = (response_log_probs(self.gpt, tokens_bt, targets_bt) - reference_b).view(-1, 2)
         margin_p = self.beta * (gains_p2[:, 0] - gains_p2[:, 1])
         parts = torch.stack((-F.logsigmoid(margin_p), (margin_p > 0).to(margin_p.dtype), margin_p))
-        return cast(Tensor, (parts * counted_p).sum(1) / denominator)
+        return (parts * counted_p).sum(1) / denominator
 
 
 def response_log_probs(gpt: GPT, tokens_bt: Tensor, targets_bt: Tensor) -> Tensor:

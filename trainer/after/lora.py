@@ -78,7 +78,7 @@ class Adapters:
             if item.base is None:
                 item.base = _original(item.linear)
                 parametrize.remove_parametrizations(item.linear, "weight", leave_parametrized=True)
-                item.linear.weight.requires_grad_(requires_grad=False)
+                item.linear.weight.requires_grad = False
 
     def unmerge(self) -> None:
         """Put the original weights back, bit for bit, with the adapters beside them."""
@@ -107,7 +107,9 @@ class Adapters:
         with safe_open(path, framework="pt") as file:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
         mine = self.tensors()
-        if {name: tensor.shape for name, tensor in found.items()} != {name: tensor.shape for name, tensor in mine.items()}:
+        if {name: tensor.shape for name, tensor in found.items()} != {
+            name: tensor.shape for name, tensor in mine.items()
+        }:
             raise ConfigError("lora", f"{path} holds adapters of other maps or another rank")
         if self.merged:
             raise ConfigError("lora", "the model is merged; unmerge it first")
@@ -124,7 +126,9 @@ def _targets(gpt: GPT, lora: LoraConfig) -> Iterator[tuple[str, nn.Linear]]:
             owner, _, attribute = name.partition(".")
             linear = getattr(getattr(block, owner), attribute)
             if linear is None:
-                raise ConfigError("lora.targets", f"the model has no {target}; only activation: swiglu has a gate")
+                raise ConfigError(
+                    "lora.targets", f"the model has no {target}; only activation: swiglu has a gate"
+                )
             yield f"blocks.{index}.{name}", linear
 
 
@@ -141,4 +145,4 @@ def plain_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         elif name.endswith(".parametrizations.weight.original"):
             owner = name.removesuffix(".parametrizations.weight.original")
             with torch.no_grad():
-                yield f"{owner}.weight", module.get_submodule(owner).weight.detach()  # type: ignore[union-attr]
+                yield f"{owner}.weight", cast(nn.Linear, module.get_submodule(owner)).weight.detach()

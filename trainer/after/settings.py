@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from trainer import config as configuration
-from trainer.config import CheckpointConfig, ConfigError, DataConfig, ModelConfig, TrainConfig, TrainerConfig, Tuned
+from trainer.config import (
+    CheckpointConfig,
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    TrainConfig,
+    TrainerConfig,
+    Tuned,
+)
 
 
 @dataclass(frozen=True)
@@ -150,7 +158,11 @@ def load(kind: type[T], path: Path) -> T:
 def _check(settings: Settings) -> None:
     train, lora = settings.train, settings.lora
     _require(bool(settings.data.train), "data.train", "names no file")
-    _require(bool(settings.data.validation), "data.validation", "names no file; without one no epoch is better than another")
+    _require(
+        bool(settings.data.validation),
+        "data.validation",
+        "names no file; without one no epoch is better than another",
+    )
     for name in ("epochs", "patience", "global_batch_size", "log_every"):
         _require(getattr(train, name) >= 1, f"train.{name}", "must be at least 1")
     _require(0 <= train.drop_rate < 1, "train.drop_rate", "must be in [0, 1)")
@@ -159,7 +171,11 @@ def _check(settings: Settings) -> None:
         _require(lora.alpha > 0, "lora.alpha", "must be positive")
         _require(bool(lora.targets), "lora.targets", "names nothing to adapt")
     if isinstance(settings, ClassifyConfig):
-        _require(len(set(settings.classes)) == len(settings.classes) >= 2, "classes", "must be at least two different labels")
+        _require(
+            len(set(settings.classes)) == len(settings.classes) >= 2,
+            "classes",
+            "must be at least two different labels",
+        )
     if isinstance(settings, DpoConfig):
         _require(settings.beta > 0, "beta", "must be positive")
 

@@ -1,0 +1,87 @@
+"""Small real text, small models: what the trainer's tests train on."""
+
+from __future__ import annotations
+
+import json
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trainer.shards import write_bin
+
+MODEL = {"vocab_size": 256, "context_length": 32, "emb_dim": 32, "n_heads": 2, "n_layers": 2}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Reductions in one order, in this process as in those that it starts."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def text() -> bytes:
+    """Two hundred kilobytes of the standard library's source."""
+    library = Path(sysconfig.get_path("stdlib"))
+    return b"".join((library / name).read_bytes() for name in ("argparse.py", "ast.py", "inspect.py"))[:200_000]
+
+
+@pytest.fixture(scope="session")
+def token_shards(text: bytes, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two training shards and a held-out one, tokens being bytes."""
+    folder = tmp_path_factory.mktemp("shards")
+    parts = {"first": text[:60_000], "second": text[60_000:150_000], "held-out": text[150_000:]}
+    for name, part in parts.items():
+        write_bin(folder / f"{name}.bin", list(part))
+    return {name: folder / f"{name}.bin" for name in parts}
+
+
+@pytest.fixture
+def make_config(token_shards: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
+    """Writes a config.json; keyword arguments are sections whose keys replace the defaults."""
+
+    def make(**sections: dict[str, Any]) -> Path:
+        document: dict[str, dict[str, Any]] = {
+            "data": {
+                "train": [str(token_shards["first"]), str(token_shards["second"])],
+                "validation": [str(token_shards["held-out"])],
+                "tokenizer": "bytes",
+            },
+            "model": dict(MODEL),
+            "train": {
+                "global_batch_size": 8, "microbatch_size": 4, "steps": 12, "warmup_steps": 3, "learning_rate": 3e-3,
+                "min_learning_rate": 3e-4, "precision": "fp32", "device": "cpu", "compile": False, "log_every": 4,
+                "validate_every": 4, "validation_tokens": 2000,
+            },
+            "checkpoint": {"every_steps": 4, "keep": 2, "every": None},
+        }  # fmt: skip
+        for section, values in sections.items():
+            document.setdefault(section, {}).update(values)
+        path = tmp_path / f"config-{len(list(tmp_path.glob('config-*')))}.json"
+        path.write_text(json.dumps(document), encoding="utf-8")
+        return path
+
+    return make
+
+
+def records(out: Path, kind: str) -> list[dict[str, Any]]:
+    """The lines of one kind in metrics.jsonl."""
+    lines = (json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines() if line.endswith("}"))
+    return [line for line in lines if line["kind"] == kind]
+
+
+def losses(out: Path) -> dict[int, float]:
+    """The loss of each step; of a step made twice, the later."""
+    return {line["step"]: line["loss"] for line in records(out, "step")}
+
+
+def status(out: Path) -> dict[str, Any]:
+    """status.json."""
+    document: dict[str, Any] = json.loads((out / "status.json").read_text(encoding="utf-8"))
+    return document
