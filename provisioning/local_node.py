@@ -163,7 +163,7 @@ def read(directory: Path) -> State | None:
         pid=is_.get("pid"),
         started=is_.get("started"),
         ended=is_.get("ended"),
-        reason=is_.get("reason", "") if not alive and is_ else "" if alive else "its server was killed",
+        reason="" if alive else is_.get("reason", "its server was killed"),
     )
 
 

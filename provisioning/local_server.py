@@ -28,7 +28,7 @@ def run(directory: Path, introduction: Mapping[str, object]) -> str:
     """Serve until something ends the node; returns why. Raises OSError when the port cannot be had."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, lambda *_: None)  # SIG_IGN would be inherited by every process on the node
     return asyncio.run(_serve(directory, introduction))
 
 
@@ -182,7 +182,7 @@ async def _session(process: Any, environment: Mapping[str, str], children: _Chil
     await process.redirect_stdout(ours[1], bufsize=_BLOCK, send_eof=False)
     if not terminal:
         await process.redirect_stderr(ours[2], bufsize=_BLOCK, send_eof=False)
-    ended, gone = asyncio.ensure_future(child.wait()), asyncio.ensure_future(process.wait_closed())
+    ended, gone = asyncio.ensure_future(child.wait()), asyncio.ensure_future(process.channel.wait_closed())
     await asyncio.wait((ended, gone), return_when=asyncio.FIRST_COMPLETED)
     if gone.done():
         _send(child.pid, signal.SIGHUP)

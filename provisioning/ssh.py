@@ -37,7 +37,7 @@ class _Claim(Fact):
 def open(home: Home, hardware: dict[str, object]) -> Ssh:  # noqa: A001 - the registry's word: ssh.open
     """The provider for the section's host. An empty section (status, reap) sees every claim and can launch nothing."""
     host = str(hardware.get("host") or "")
-    port = hardware.get("port") or 22
+    port = hardware.get("port", 22)
     if not isinstance(port, int) or not 0 < port < 65536:
         raise InvalidHardware(f"port is {port!r}", hint="a number from 1 to 65535")
     identity = hardware.get("identity_file")

@@ -57,16 +57,14 @@ def entry(
 ) -> Entry:
     """A stored run as an entry; what a broken or unfinished record lacks is None."""
     tokens = _number(summary.get("tokens"))
-    cost = usd(cost_now(dict(summary), now)) if summary.get("nodes") is not None else None
+    cost = _cost(summary, now)
     training = _number(summary.get("training_seconds"))
     billed = _number(summary.get("billed_seconds"))
     micro = _number(summary.get("training_micro_usd"))
     row: Row = dict.fromkeys(COLUMNS)
-    row |= {key: summary.get(key) for key in COLUMNS if key in summary}
+    row |= {key: summary.get(key) if key in _TEXT else _number(summary.get(key)) for key in COLUMNS}
     row |= {
         "source": "run",
-        "train_loss": _number(summary.get("train_loss")),
-        "validation_loss": _number(summary.get("validation_loss")),
         "training_hours": training / 3600 if training is not None else None,
         "billed_hours": billed / 3600 if billed is not None else None,
         "training_usd": usd(round(micro)) if micro is not None else None,
@@ -74,13 +72,22 @@ def entry(
         "usd_per_billion_tokens": cost / tokens * 1e9 if cost is not None and tokens else None,
     }
     row["train_set"] = _train_set(spec or {})
+    evaluations = [item for item in summary.get("evaluations") or [] if isinstance(item, Mapping)]
     losses = {
-        str(item["name"]): loss
-        for item in summary.get("evaluations") or []
+        str(item.get("name")): loss
+        for item in evaluations
         if item.get("kind") == "test_set" and (loss := _number(item.get("loss"))) is not None
     }
     facts = {key: summary.get(key) for key in ("region", "seed", "world_size", "versions", "epochs", "best_step", "memory_gib", "reason")}  # fmt: skip
     return Entry(row, losses, spec, facts)
+
+
+def _cost(summary: Mapping[str, Any], now: float | None) -> float | None:
+    """Dollars so far; None where the record does not tell."""
+    try:
+        return usd(cost_now(dict(summary), now))
+    except (KeyError, TypeError):
+        return None
 
 
 def _train_set(spec: Mapping[str, Any]) -> str | None:

@@ -147,14 +147,14 @@ class Store:
         try:
             with self._transaction():
                 self._append(changes, epoch, runs, nodes)
-                self._write_rows(changes[-1][1].at, runs, nodes)
+                views = self._write_rows(changes[-1][1].at, runs, nodes)
         except sqlite3.Error as error:
             raise StoreError(
                 f"cannot write to {self.path}: {error}", "free some disk space, then `llmctl resume`"
             ) from error
         self._runs |= runs
         self._nodes |= nodes
-        self._views = {}
+        self._views = views
 
     def _append(
         self,
@@ -188,10 +188,14 @@ class Store:
                 (stream, e.VERSION, event.kind, event.at.isoformat(), epoch or 0, e.dump(event)),
             )
 
-    def _write_rows(self, at: datetime, runs: dict[str, RunRecord], nodes: dict[str, NodeRecord]) -> None:
+    def _write_rows(
+        self, at: datetime, runs: dict[str, RunRecord], nodes: dict[str, NodeRecord]
+    ) -> dict[str, RunRecord]:
+        """Write the rows of changed records; the runs with their nodes."""
         from runs.record import view
         from runs.summary import summarise
 
+        views: dict[str, RunRecord] = {}
         for key, node in nodes.items():
             self._db.execute(
                 "INSERT INTO nodes VALUES (?, ?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET run=excluded.run,"
@@ -200,7 +204,7 @@ class Store:
             )
         for run, bare in runs.items():
             mine = [nodes.get(node.key, node) for node in self._select(run, bare)]
-            record = view(bare, tuple(mine))
+            views[run] = record = view(bare, tuple(mine))
             values = (bare.name, bare.created_at.isoformat(), record.state, bare.live, bare.epoch)
             summary = json.dumps(summarise(record, at), allow_nan=False)
             self._db.execute(
@@ -209,6 +213,7 @@ class Store:
                 " summary=excluded.summary",
                 (run, *values, bare.model_dump_json(), summary),
             )
+        return views
 
     def rebuild(self) -> None:
         """Make all rows anew from the events, which are the truth."""
@@ -346,6 +351,15 @@ class Store:
         """The projection row of one run."""
         row = self._db.execute("SELECT summary FROM runs WHERE run = ?", (run,)).fetchone()
         return json.loads(row[0]) if row else None
+
+    def specs(self, runs: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """The specs of those runs, as plain values."""
+        found = {}
+        for run in runs:
+            row = self._db.execute("SELECT json_extract(record, '$.spec') FROM runs WHERE run = ?", (run,)).fetchone()
+            if row is not None and row[0] is not None:
+                found[run] = json.loads(row[0])
+        return found
 
     def runs(self, *, live: bool | None = None) -> list[tuple[str, str, str]]:
         """(run, name, state), newest first."""

@@ -97,9 +97,9 @@ def processes(directory: Path) -> list[str]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get(local_node.MARK) == str(directory.resolve()):
-                if process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(" ".join(process.cmdline()))
+            marked = process.environ().get(local_node.MARK) == str(directory.resolve())
+            if marked and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline()))
         except (psutil.Error, OSError):
             continue
     return found

@@ -150,8 +150,10 @@ def _item(entry: dict[str, Any]) -> Item:
 class Pull:
     """All files of one manifest."""
 
-    def __init__(self, items: Sequence[Item], workers: int, chunk_bytes: int, timeout: float) -> None:
-        self.items = items
+    def __init__(
+        self, items: Sequence[Item], workers: int, chunk_bytes: int, timeout: float, tell: Callable[..., None]
+    ) -> None:  # fmt: skip
+        self.items, self._tell = items, tell
         self._chunk, self._timeout = chunk_bytes, timeout
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="range")
         self._lock = threading.Lock()
@@ -180,9 +182,8 @@ class Pull:
         self._pool.shutdown()
         self._over.set()
         if self._failure is not None:
-            tell(kind="failed", error=self._failure)
-            os.write(2, f"pull: {self._failure}\n".encode())
-        tell(kind="end", published=published, fetched_bytes=self._fetched, seconds=self._seconds())
+            self._tell(kind="failed", error=self._failure)
+        self._tell(kind="end", published=published, fetched_bytes=self._fetched, seconds=self._seconds())
         return 0 if self._failure is None else 7
 
     def _publish(self, item: Item) -> None:
@@ -190,7 +191,7 @@ class Pull:
             item.part.replace(item.path)
         item.part.unlink(missing_ok=True)
         item.notes.unlink(missing_ok=True)
-        tell(kind="published", path=str(item.path), bytes=item.path.stat().st_size)
+        self._tell(kind="published", path=str(item.path), bytes=item.path.stat().st_size)
 
     def _fetch(self, item: Item) -> bool:
         """Gather one file in its part and verify it. False where it or an earlier one failed."""
@@ -388,7 +389,9 @@ class Pull:
     def _report(self) -> None:
         while not self._over.wait(1):
             total = sum(item.size or 0 for item in self.items) or None
-            tell(kind="progress", fetched_bytes=self._fetched, total_bytes=total, seconds=self._seconds())
+            self._tell(
+                kind="progress", fetched_bytes=self._fetched, total_bytes=total, seconds=self._seconds()
+            )
 
 
 def _pause(failures: int, error: _Broken) -> None:
@@ -437,8 +440,10 @@ def _plain(url: str) -> str:
 
 
 def tell(**values: Any) -> None:
-    """A JSON line on stdout; nobody listening is no reason to stop."""
+    """A JSON line on stdout, an error on stderr too; nobody listening is no reason to stop."""
     with contextlib.suppress(OSError):
+        if "error" in values:
+            os.write(2, f"pull: {values['error']}\n".encode())
         os.write(1, (json.dumps(values) + "\n").encode())
 
 
@@ -460,7 +465,7 @@ def main(argv: Sequence[str]) -> int:
     except PullError as error:
         os.write(2, f"pull: {error}\n".encode())
         return 3
-    return Pull(items, options.workers, options.chunk_bytes, options.timeout).run()
+    return Pull(items, options.workers, options.chunk_bytes, options.timeout, tell).run()
 
 
 if __name__ == "__main__":

@@ -208,12 +208,15 @@ class Order:
 
     def shards_of_step(self, step: int, global_batch_size: int) -> set[int]:
         """Indices of the shards that step number `step` (from 1) reads."""
-        first = (step - 1) * global_batch_size
-        if global_batch_size >= self.sequences:
-            return {i for i, end in enumerate(self._ends) if end > (self._ends[i - 1] if i else 0)}
-        low, high = self.locate(first)[0], self.locate(first + global_batch_size - 1)[0]
-        between = range(low, high + 1) if low <= high else [*range(low, len(self._ends)), *range(high + 1)]
-        return set(between)
+        begin = (step - 1) * global_batch_size % self.sequences
+        end = begin + global_batch_size
+        parts = [(begin, min(end, self.sequences)), (0, min(max(0, end - self.sequences), self.sequences))]
+        return {
+            shard
+            for shard, upto in enumerate(self._ends)
+            for low, high in parts
+            if max(low, self._ends[shard - 1] if shard else 0) < min(high, upto)
+        }
 
     def epoch_of_step(self, step: int, global_batch_size: int) -> int:
         """Epoch, from 0, of the last sequence of step number `step`."""

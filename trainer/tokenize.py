@@ -8,10 +8,13 @@ path of a tokenizer.json (tokenizers). In a shard every document is preceded by 
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 from array import array
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -143,25 +146,36 @@ def text_bytes(name: str, ids: Iterable[int]) -> int:
     return sum(lengths[i] for i in ids)
 
 
+@dataclass
+class Encoded:
+    """A few whole documents as ids, each after its separator; in order."""
+
+    documents: int
+    train: array[int]
+    held_out: array[int]
+
+
 def encode_documents(
-    name: str, documents: Iterable[str], *, processes: int | None = None
-) -> Iterator[array[int]]:
-    """The documents' ids in order, a block of whole documents at a time, each after its separator. `processes` encode
-    side by side (default: one per core). Raises TokenizerError."""
+    name: str, documents: Iterable[str], *, processes: int | None = None, held_out: float = 0
+) -> Iterator[Encoded]:
+    """The documents' ids, a batch at a time, in order; `processes` encode side by side (default: one per core).
+
+    A share `held_out` of the documents is kept apart, chosen by the SHA-256 of their text: the choice does not depend on
+    their order, and copies of a document are on one side. Raises TokenizerError."""
     load(name)  # refuse here, not in a worker
     count = processes or os.cpu_count() or 1
     if count == 1:
         for batch in _batches(documents):
-            yield _encode_batch(name, batch)
+            yield _encode_batch(name, batch, held_out)
         return
     with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
-        pending: list[Any] = []
+        pending: deque[Future[Encoded]] = deque()
         for batch in _batches(documents):
-            pending.append(pool.submit(_encode_batch, name, batch))
-            if len(pending) >= 2 * count:  # a bound on what waits in memory
-                yield pending.pop(0).result()
-        for future in pending:
-            yield future.result()
+            pending.append(pool.submit(_encode_batch, name, batch, held_out))
+            if len(pending) > 2 * count:  # a bound on what waits in memory
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int, path: Path, *, progress: bool = False) -> None:
@@ -200,12 +214,14 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _encode_batch(name: str, documents: list[str]) -> array[int]:
+def _encode_batch(name: str, documents: list[str], held_out: float) -> Encoded:
     tokenizer = load(name)
-    block = array("H" if tokenizer.vocab_size <= 1 << 16 else "I")
+    code = "H" if tokenizer.vocab_size <= 1 << 16 else "I"
+    encoded = Encoded(len(documents), array(code), array(code))
     for document in documents:
+        place = int.from_bytes(hashlib.sha256(document.encode("utf-8", errors="replace")).digest()[:8], "big")
+        block = encoded.held_out if place < held_out * 2**64 else encoded.train
         if tokenizer.separator is not None:
             block.append(tokenizer.separator)
         block.extend(tokenizer.encode(document))
-    return block
-
+    return encoded

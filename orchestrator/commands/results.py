@@ -33,6 +33,15 @@ class Format(StrEnum):
     HTML = "html"
 
 
+class Axis(StrEnum):
+    """What loss curves run over."""
+
+    TOKENS = "tokens"
+    STEPS = "steps"
+    HOURS = "hours"
+    DOLLARS = "dollars"
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     shown = {"rich_help_panel": PANEL}
@@ -49,29 +58,30 @@ def compare(
     group_by: Annotated[str | None, typer.Option("--group-by", metavar="KEY", help="One row a value of KEY: means, and spread.")] = None,
     columns: Annotated[str | None, typer.Option("--columns", metavar="KEY,KEY", help="These columns, in this order.")] = None,
     diff: Annotated[bool, typer.Option("--diff", help="What differs between two runs.")] = False,
+    test_set: Annotated[str | None, typer.Option("--test-set", metavar="NAME", help="The set whose test losses are shown.")] = None,
     sigma: Annotated[float | None, typer.Option("--sigma", min=0.0, help="Loss differences within 2 sigma are noise.")] = None,
     form: Annotated[Format, typer.Option("--format", help="How to print it.")] = Format.TABLE,
     plot: Annotated[bool, typer.Option("--plot", help="Loss curves, and loss against dollars, in the terminal.")] = False,
-    over: Annotated[str, typer.Option("--over", metavar="tokens|hours|dollars|steps", help="The curves' axis.")] = "tokens",
+    over: Annotated[Axis, typer.Option("--over", help="What the curves run over.")] = Axis.TOKENS,
     as_json: Json = False,
     output: Output = Form.TEXT,
 ) -> None:
     """Put loss beside cost for every run. Losses on different sets are never ranked together."""
-    from orchestrator import comparing
+    from orchestrator import comparing, render_compare
 
     store = open_store()
-    ask = comparing.Ask(find_all(store, runs), sort, published, group_by, columns.split(",") if columns else None, sigma)
+    ask = comparing.Ask(
+        find_all(store, runs), sort, published, group_by, columns.split(",") if columns else None, test_set, sigma
+    )
+    quiet = machine(as_json, output) or form is Format.JSON
     if diff:
-        comparing.check_two(ask.runs)
         document = comparing.difference(store, ask)
-        quiet = machine(as_json, output) or form is Format.JSON
-        answer(document, as_json=quiet, human=lambda: comparing.say_difference(document))
+        answer(document, as_json=quiet, human=lambda: render_compare.difference(document))
         return
     table = comparing.table(store, ask)
-    chosen = "json" if machine(as_json, output) else form.value
-    comparing.say(table, chosen)
-    if plot and chosen == "table":
-        comparing.plot(store, table, over)
+    render_compare.say(table, "json" if quiet else form.value)
+    if plot and not quiet:
+        render_compare.plot(store, table, over.value)
 
 
 def report(

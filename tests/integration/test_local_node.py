@@ -110,12 +110,12 @@ def test_openssh_client_and_terminal(node: Node) -> None:
     ]
     answer = subprocess.run(command, input=b"hello\n", capture_output=True, check=False)
     assert answer.returncode == 4
-    assert answer.stdout.startswith(b"/dev/")
+    assert b"/dev/" in answer.stdout
     assert b"got hello" in answer.stdout
 
 
 def test_outlives_who_started_it(tmp_path: Path) -> None:
-    client, host, known = accounts(tmp_path)
+    client, _, _ = accounts(tmp_path)
     code = (
         "import sys; from pathlib import Path; from provisioning import local_node, keys\n"
         "d = Path(sys.argv[1]); local_node.spawn(d / 'n', name='n', user='u', authorized_key=keys.public_key(Path(sys.argv[2])),"

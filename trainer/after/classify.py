@@ -11,8 +11,8 @@ import torch
 from trainer.after import bases, batch, examples, script
 from trainer.after.examples import Labelled
 from trainer.after.heads import Classifier
-from trainer.after.session import Work
 from trainer.after.settings import ClassifyConfig, load, trainer_config
+from trainer.after.work import Work
 from trainer.config import ConfigError, TrainerConfig, Tuned
 from trainer.model import GPT
 

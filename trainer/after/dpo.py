@@ -15,8 +15,8 @@ from torch import Tensor
 from trainer.after import batch, examples, script
 from trainer.after.examples import Preferred
 from trainer.after.heads import Preference, response_log_probs
-from trainer.after.session import Work
 from trainer.after.settings import DpoConfig, load, trainer_config
+from trainer.after.work import Work
 from trainer.config import Tuned
 from trainer.distributed import World
 

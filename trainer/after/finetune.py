@@ -9,8 +9,8 @@ from pathlib import Path
 from trainer.after import batch, examples, script
 from trainer.after.examples import Answered
 from trainer.after.heads import Completion
-from trainer.after.session import Work
 from trainer.after.settings import FinetuneConfig, load, trainer_config
+from trainer.after.work import Work
 from trainer.config import Tuned
 
 

@@ -14,6 +14,7 @@ from trainer.after import bases, examples, session
 from trainer.after.examples import Example, Limits
 from trainer.after.lora import Adapters
 from trainer.after.settings import Settings, max_length
+from trainer.after.work import Work
 from trainer.config import ModelConfig
 from trainer.model import GPT
 
@@ -76,7 +77,7 @@ def facts(settings: Settings, start: Start, adapters: Adapters | None) -> dict[s
     return {"base": settings.base, "lora": lora, "examples_cut": start.limits.cut}
 
 
-def main(name: str, build: Callable[[Path], session.Work[Example]], argv: Sequence[str] | None) -> int:
+def main(name: str, build: Callable[[Path], Work[Example]], argv: Sequence[str] | None) -> int:
     """Parse the command line and run; the exit code."""
     parser = argparse.ArgumentParser(prog=name)
     parser.add_argument("--config", type=Path, required=True, help="config.json")

@@ -1,0 +1,127 @@
+"""`compare`: which runs, which columns, in which order. The arithmetic is in `runs.compare`, the printing in `render_compare`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from orchestrator.errors import Usage
+from runs import compare
+from runs.store import Store
+
+WITH_SPECS = 1000
+"""Up to so many runs their specs are read too, so that repeated seeds tell the noise."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What the command line says."""
+
+    runs: list[str] | None = None
+    """None: all."""
+    sort: str | None = None
+    """A column; with `-` before it the other way round."""
+    published: bool = False
+    group_by: str | None = None
+    columns: list[str] | None = None
+    test_set: str | None = None
+    sigma: float | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows with what is to be said about them."""
+
+    rows: list[dict[str, Any]]
+    columns: list[str] | None
+    grouped: bool = False
+    totals: dict[str, Any] = field(default_factory=dict)
+    noise: dict[str, str] = field(default_factory=dict)
+    """Loss column → a sentence about its noise."""
+    best: dict[str, frozenset[int]] = field(default_factory=dict)
+    """Loss column → rows as good as the best on their set."""
+    front: frozenset[int] = frozenset()
+    """Rows that no other beats in both loss and dollars."""
+
+
+def entries(store: Store, ask: Ask) -> list[compare.Entry]:
+    """The runs, oldest first, and the published ones before them."""
+    if ask.runs is None:
+        rows = list(reversed(store.summaries()))
+    else:
+        rows = [row for run in ask.runs if (row := store.summary(run)) is not None]
+    specs = store.specs([row["run"] for row in rows]) if len(rows) <= WITH_SPECS or _dotted(ask.group_by) else {}
+    own = [compare.entry(row, specs.get(row["run"])) for row in rows]
+    return [*compare.published(), *own] if ask.published else own
+
+
+def _dotted(key: str | None) -> bool:
+    return key is not None and key not in compare.COLUMNS
+
+
+def table(store: Store, ask: Ask) -> Table:
+    """The table. Raises Usage for a column that there is not."""
+    _check_columns(ask)
+    found = entries(store, ask)
+    if ask.group_by:
+        rows = compare.grouped(found, ask.group_by, ask.test_set)
+        return Table(rows, ask.columns, grouped=True)
+    rows = compare.rows(found, ask.test_set)
+    order = {id(row): index for index, row in enumerate(rows)}
+    ranked = _sorted(rows, ask.sort)
+    by_order = [found[order[id(row)]] for row in ranked]
+    noise, best = {}, {}
+    for loss in ("validation_loss", "test_loss"):
+        sentence, good = _noise(by_order, ranked, loss, ask.sigma)
+        if sentence:
+            noise[loss] = sentence
+        best[loss] = good
+    front = [index for loss in ("validation_loss", "test_loss") for index in compare.pareto(ranked, loss=loss)]
+    return Table(ranked, ask.columns, totals=compare.totals(ranked), noise=noise, best=best, front=frozenset(front))
+
+
+def _check_columns(ask: Ask) -> None:
+    for key in [*(ask.columns or []), *([ask.sort.lstrip("-")] if ask.sort else [])]:
+        if key not in compare.COLUMNS:
+            from difflib import get_close_matches
+
+            near = get_close_matches(key, compare.COLUMNS, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(compare.COLUMNS)}"
+            raise Usage(f"there is no column {key!r}", hint)
+
+
+def _sorted(rows: list[dict[str, Any]], sort: str | None) -> list[dict[str, Any]]:
+    return compare.sort_rows(rows, sort.lstrip("-"), descending=sort.startswith("-")) if sort else rows
+
+
+def _noise(
+    found: Sequence[compare.Entry], rows: Sequence[dict[str, Any]], loss: str, given: float | None
+) -> tuple[str, frozenset[int]]:
+    of = compare.LOSSES[loss]
+    assert of is not None
+    noises: dict[str | None, compare.Noise] = {}
+    for name in {row[of] for row in rows if row[loss] is not None}:
+        one = compare.noise(found, loss, name, given)
+        if one is not None:
+            noises[name] = one
+    if not noises:
+        return "", frozenset()
+    told = ", ".join(f"{one.sigma:.4f} on {name} ({one.source})" for name, one in sorted(noises.items(), key=str))
+    return f"noise (1 sigma) of {loss}: {told}", frozenset(compare.as_good_as_best(rows, loss, noises))
+
+
+def difference(store: Store, ask: Ask) -> list[dict[str, Any]]:
+    """What differs between exactly two runs. Raises Usage for another number of them."""
+    if ask.runs is None or len(ask.runs) != 2:
+        raise Usage("--diff compares two runs", "llmctl compare A B --diff")
+    left, right = entries(store, ask)[-2:]
+    sigma = ask.sigma
+    if sigma is None:
+        known = compare.noise(entries(store, Ask()), "validation_loss", left.row["validation_set"])
+        sigma = known.sigma if known else None
+    found = compare.diff(left, right, ask.test_set, sigma)
+    return [
+        {"part": item.part, "key": item.key, ask.runs[0]: item.left, ask.runs[1]: item.right, "note": item.note}
+        for item in found
+    ]

@@ -1,0 +1,445 @@
+"""The work behind `llmctl data`: text to token shards with a manifest, and whether shards are what they were.
+
+A document is a row of a parquet file's text column, or a text file; a text file that holds <|endoftext|> is divided there, and a
+large one without it at blank lines. The shards, `train_*.bin` and `validation_*.bin` in llm.c's format, come into being in a hidden folder
+beside their place and appear there by rename, with `shards.json`: how they were made, and each one's tokens and SHA-256. A
+preparation that was interrupted goes on after its last whole shard; one whose sources and settings have not changed does nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from orchestrator.dataerrors import DataError
+from orchestrator.find import paths
+from orchestrator.hashes import HashCache, Progress, quiet
+from orchestrator.hub import HttpHub, Hub, HubName
+from trainer import pull, shards, tokenize
+
+MANIFEST = "shards.json"
+LARGE_TEXT = 1 << 20
+"""Characters above which a text file is divided at blank lines …"""
+BLOCK_TEXT = 1 << 16
+"""… into documents of about so many."""
+TEXT_SUFFIXES = frozenset({".txt", ".md", ".text", ".rst", ".py", ""})
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One line of a manifest."""
+
+    name: str
+    part: str
+    """train | validation"""
+    tokens: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a folder of shards holds, as its manifest says."""
+
+    folder: Path
+    tokenizer: str
+    vocab_size: int
+    documents: int
+    shards: list[ShardEntry]
+    unchanged: bool = False
+    """Everything was there already."""
+
+    def tokens(self, part: str) -> int:
+        """Tokens of the train or the validation shards."""
+        return sum(item.tokens for item in self.shards if item.part == part)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that the shards depend on, besides the sources."""
+
+    tokenizer: str = "gpt2"
+    shard_tokens: int = tokenize.SHARD_TOKENS
+    validation_fraction: float = 0.01
+    column: str = "text"
+
+    def check(self) -> None:
+        """Raises DataError."""
+        if not 0 <= self.validation_fraction < 1:
+            raise DataError(
+                f"validation fraction {self.validation_fraction} is not in [0, 1)",
+                "Write 0.01 for one document in a hundred",
+            )
+        if not 1 <= self.shard_tokens < 1 << 31:
+            raise DataError(
+                f"{self.shard_tokens} tokens a shard: llm.c's header holds 1 to 2147483647", "Write 100000000"
+            )
+        if _tokenizer(self.tokenizer).vocab_size > 1 << 16:
+            raise DataError(
+                f"{self.tokenizer} has more than 65536 ids, and the shards hold 16-bit tokens",
+                "Use a smaller vocabulary",
+            )
+
+
+def prepare(
+    sources: Sequence[str], to: Path, recipe: Recipe, *, cache: Path, processes: int | None = None, hub: Hub | None = None,
+    progress: Progress = quiet,
+) -> Prepared:  # fmt: skip
+    """Tokenise `sources` (text files, folders, globs, parquet files, hf:// names of either) into `to`. Raises DataError."""
+    recipe.check()
+    files = [path for source in sources for path in _files(source, cache, hub, progress)]
+    if not files:
+        raise DataError(
+            "no source was given",
+            "Name text files, folders, globs, parquet files or hf://owner/name/*.parquet",
+        )
+    hashes = HashCache(cache)
+    inputs = [
+        {"name": path.name, "bytes": path.stat().st_size, "sha256": hashes.sha256(path, progress)}
+        for path in files
+    ]
+    settings = asdict(recipe)
+    if recipe.tokenizer not in {"gpt2", "bytes"}:
+        settings["tokenizer_sha256"] = hashes.sha256(Path(recipe.tokenizer))
+    key = hashlib.sha256(
+        json.dumps([settings, [item["sha256"] for item in inputs]], sort_keys=True).encode()
+    ).hexdigest()
+    if (there := _unchanged(to, key)) is not None:
+        return there
+    if to.exists() and not (to / MANIFEST).exists() and (not to.is_dir() or any(to.iterdir())):
+        raise DataError(f"{to} exists and holds something else", "Name a new folder, or empty this one")
+    partial = to.with_name(f".{to.name}.partial")
+    try:
+        writer = _Writer.open(partial, key, recipe.shard_tokens)
+        _tokenise(files, recipe, writer, processes, progress)
+        _finish(writer, to, {"version": 1, "key": key, **settings, "vocab_size": _tokenizer(recipe.tokenizer).vocab_size,
+                             "separator": _tokenizer(recipe.tokenizer).separator, "sources": inputs})  # fmt: skip
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or partial}: {error.strerror or error}",
+            "Free some space; the next call goes on from here",
+        ) from error
+    return read(to)
+
+
+def train_tokenizer(sources: Sequence[str], to: Path, vocab_size: int, *, cache: Path, column: str = "text", hub: Hub | None = None,
+                    progress: Progress = quiet) -> None:  # fmt: skip
+    """Train a byte-level BPE on the sources and write it to `to` as tokenizer.json. Raises DataError."""
+    files = [path for source in sources for path in _files(source, cache, hub, progress)]
+    try:
+        tokenize.train_bpe((text for text, _ in _documents(files, column)), vocab_size, to)
+    except tokenize.TokenizerError as error:
+        raise DataError(str(error)) from error
+
+
+def read(folder: Path) -> Prepared:
+    """What the manifest of a folder says. Raises DataError."""
+    try:
+        raw = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        entries = [ShardEntry(**item) for item in raw["shards"]]
+        made = Prepared(folder, raw["tokenizer"], raw["vocab_size"], raw["documents"], entries)
+    except FileNotFoundError:
+        raise DataError(f"{folder} has no {MANIFEST}", "`llmctl data prepare` writes one") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder / MANIFEST} cannot be read: {error}", "Prepare the data again") from error
+    for item in made.shards:
+        if Path(item.name).name != item.name:
+            raise DataError(
+                f"{folder / MANIFEST} names {item.name!r}, which is no plain file name",
+                "Prepare the data again",
+            )
+    return made
+
+
+def verify(folder: Path, progress: Progress = quiet) -> list[str]:
+    """What is wrong with the shards of a folder, a sentence each; every byte is read. Raises DataError without a manifest."""
+    made = read(folder)
+    total = sum(item.bytes for item in made.shards)
+    done, problems = 0, []
+    for item in made.shards:
+        path = folder / item.name
+        try:
+            held = shards.probe(path).tokens
+            if held != item.tokens:
+                problems.append(f"{path} holds {held} tokens, its manifest says {item.tokens}")
+            elif _sha256(path) != item.sha256:
+                problems.append(f"{path} does not have the checksum of its manifest")
+        except shards.ShardError as error:
+            problems.append(str(error))
+        done += item.bytes
+        progress("verifying", done, total)
+    return problems
+
+
+def listing(folder: Path) -> list[ShardEntry]:
+    """The shards of a folder, with or without a manifest (then without hashes). Raises DataError."""
+    if (folder / MANIFEST).exists():
+        return read(folder).shards
+    found = []
+    for path in sorted([*folder.glob("*.bin"), *folder.glob("*.safetensors")]):
+        try:
+            info = shards.probe(path)
+        except shards.ShardError as error:
+            raise DataError(str(error)) from error
+        part = "validation" if "val" in path.name else "train"
+        found.append(ShardEntry(path.name, part, info.tokens, path.stat().st_size, ""))
+    if not found:
+        raise DataError(
+            f"{folder} holds no token shards", "`llmctl data prepare SOURCE --to FOLDER` makes some"
+        )
+    return found
+
+
+# ---------------------------------------------------------------- sources
+
+
+def _files(source: str, cache: Path, hub: Hub | None, progress: Progress) -> list[Path]:
+    if source.startswith("hf://"):
+        return _download(source, cache / "downloads", hub or HttpHub(cache / "hub"), progress)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        found = sorted(
+            item for item in path.rglob("*") if item.suffix in {*TEXT_SUFFIXES, ".parquet"} and item.is_file()
+        )
+        if not found:
+            raise DataError(f"{path} holds no text and no parquet files", "Name the files with a glob")
+        return found
+    files = paths(source)
+    if missing := [item for item in files if not item.exists()]:
+        raise DataError(f"{missing[0]}: no such file", "Check the path")
+    return files
+
+
+def _download(source: str, folder: Path, hub: Hub, progress: Progress) -> list[Path]:
+    """Files of the Hub, kept in the cache by commit. Raises DataError."""
+    name = HubName.parse(source)
+    at = hub.listing(name)
+    wanted = [file for file in sorted(at.files) if file == name.file or fnmatch(file, name.file)]
+    if not wanted:
+        raise DataError(
+            f"{source}: {name.repo} has no such file", f"It has {', '.join(sorted(at.files)[:5])}"
+        )
+    items = []
+    for file in wanted:
+        known = at.files[file]
+        place = folder / name.repo.replace("/", "--") / at.commit[:12] / file.replace("/", "--")
+        items.append(pull.Item(hub.url(name, at.commit, file), place, known.bytes, known.sha256))
+        if token := os.environ.get("HF_TOKEN"):
+            items[-1].headers["Authorization"] = f"Bearer {token}"
+    problems: list[str] = []
+
+    def told(**line: Any) -> None:
+        if "error" in line:
+            problems.append(line["error"])
+        elif line["kind"] == "progress":
+            progress("downloading", line["fetched_bytes"], line["total_bytes"] or 0)
+
+    if pull.Pull(items, pull.WORKERS, pull.CHUNK_BYTES, 30, told).run() != 0:
+        raise DataError(problems[0], "Call it again: what has arrived is kept")
+    return [item.path for item in items]
+
+
+def _documents(files: Sequence[Path], column: str) -> Iterator[tuple[str, float]]:
+    """(text, bytes of the source that it stands for) of every document."""
+    for path in files:
+        if path.suffix == ".parquet":
+            yield from _rows(path, column)
+        else:
+            text = path.read_text(encoding="utf-8", errors="replace")
+            yield from ((document, len(document)) for document in divide(text))
+
+
+def divide(text: str) -> Iterator[str]:
+    """The documents of a text file."""
+    if tokenize.END_OF_TEXT in text:
+        yield from (part.strip("\n") for part in text.split(tokenize.END_OF_TEXT) if part.strip())
+    elif len(text) <= LARGE_TEXT:
+        if text.strip():
+            yield text
+    else:
+        start = 0
+        while start < len(text):
+            cut = text.find("\n\n", start + BLOCK_TEXT)
+            end = len(text) if cut < 0 else cut + 2
+            yield text[start:end]
+            start = end
+
+
+def _rows(path: Path, column: str) -> Iterator[tuple[str, float]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise DataError(f"{path} needs pyarrow", "pip install 'llmctl[data]'") from error
+    try:
+        file = parquet.ParquetFile(path)
+        names = file.schema_arrow.names
+        if column not in names:
+            raise DataError(
+                f"{path} has no column {column!r}", f"It has {', '.join(names)}; name one with --column"
+            )
+        weight = path.stat().st_size / max(1, file.metadata.num_rows)
+        for batch in file.iter_batches(batch_size=1024, columns=[column]):
+            yield from ((str(text), weight) for text in batch.column(0).to_pylist() if text)
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{path} is no parquet file: {error}", "Copy it again") from error
+
+
+# ---------------------------------------------------------------- shards
+
+
+@dataclass
+class _Writer:
+    """Shards in the making; after each whole one it could begin again from there."""
+
+    folder: Path
+    key: str
+    shard_tokens: int
+    documents: int = 0
+    entries: list[ShardEntry] = field(default_factory=list)
+    rest: dict[str, array[int]] = field(
+        default_factory=lambda: {"train": array("H"), "validation": array("H")}
+    )
+
+    @classmethod
+    def open(cls, folder: Path, key: str, shard_tokens: int) -> _Writer:
+        """A new one, or one that was interrupted."""
+        writer = cls(folder, key, shard_tokens)
+        try:
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            if state["key"] == key:
+                writer.documents = state["documents"]
+                writer.entries = [ShardEntry(**item) for item in state["entries"]]
+                for part, block in writer.rest.items():
+                    block.frombytes((folder / f"{part}.{state['documents']}.rest").read_bytes())
+                return writer
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return cls(folder, key, shard_tokens)
+
+    def add(self, encoded: tokenize.Encoded) -> None:
+        """Take in the next documents."""
+        self.documents += encoded.documents
+        before = len(self.entries)
+        for part, block in (("train", encoded.train), ("validation", encoded.held_out)):
+            self.rest[part].extend(block)
+            while len(self.rest[part]) >= self.shard_tokens:
+                self._write(part, self.rest[part][: self.shard_tokens])
+                del self.rest[part][: self.shard_tokens]
+        if len(self.entries) > before:
+            self._save()
+
+    def close(self) -> None:
+        """Write what is left as last, shorter shards."""
+        for part, block in self.rest.items():
+            if block:
+                self._write(part, block)
+                self.rest[part] = array("H")
+
+    def _write(self, part: str, block: array[int]) -> None:
+        number = sum(item.part == part for item in self.entries)
+        path = self.folder / f"{part}_{number:06d}.bin"
+        if sys.byteorder == "big":
+            block.byteswap()
+        shards.write_bin(path, block.tobytes())
+        self.entries.append(ShardEntry(path.name, part, len(block), path.stat().st_size, _sha256(path)))
+
+    def _save(self) -> None:
+        old = list(self.folder.glob("*.rest"))
+        for part, block in self.rest.items():
+            (self.folder / f"{part}.{self.documents}.rest").write_bytes(block.tobytes())
+        state = {
+            "key": self.key,
+            "documents": self.documents,
+            "entries": [asdict(item) for item in self.entries],
+        }
+        temporary = self.folder / "state.new"
+        temporary.write_text(json.dumps(state), encoding="utf-8")
+        temporary.replace(self.folder / "state.json")
+        for path in old:
+            path.unlink(missing_ok=True)
+
+
+def _tokenise(
+    files: Sequence[Path], recipe: Recipe, writer: _Writer, processes: int | None, progress: Progress
+) -> None:
+    total = sum(path.stat().st_size for path in files)
+    read_bytes = 0.0
+
+    def texts() -> Iterator[str]:
+        nonlocal read_bytes
+        for number, (text, weight) in enumerate(_documents(files, recipe.column)):
+            read_bytes += weight
+            if number >= done_before:
+                yield text
+
+    done_before = writer.documents
+    try:
+        for encoded in tokenize.encode_documents(
+            recipe.tokenizer, texts(), processes=processes, held_out=recipe.validation_fraction
+        ):
+            writer.add(encoded)
+            progress("tokenising", min(int(read_bytes), total), total)
+    except tokenize.TokenizerError as error:
+        raise DataError(str(error)) from error
+
+
+def _finish(writer: _Writer, to: Path, facts: dict[str, Any]) -> None:
+    """The last shards, the manifest, and the rename. Raises DataError, OSError."""
+    writer.close()
+    parts = {item.part for item in writer.entries}
+    if "train" not in parts or (facts["validation_fraction"] > 0 and "validation" not in parts):
+        shutil.rmtree(writer.folder, ignore_errors=True)
+        missing = "validation" if "train" in parts else "training"
+        raise DataError(
+            f"of {writer.documents} documents none is left for {missing}",
+            "Give more text, or another --validation-fraction",
+        )
+    document = {**facts, "documents": writer.documents, "shards": [asdict(item) for item in writer.entries]}
+    (writer.folder / MANIFEST).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    for path in [writer.folder / "state.json", *writer.folder.glob("*.rest")]:
+        path.unlink(missing_ok=True)
+    old = to.with_name(f".{to.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if to.exists():
+        to.rename(old)
+    writer.folder.rename(to)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _unchanged(to: Path, key: str) -> Prepared | None:
+    try:
+        if json.loads((to / MANIFEST).read_text(encoding="utf-8")).get("key") != key:
+            return None
+        made = read(to)
+        whole = all(shards.probe(to / item.name).tokens == item.tokens for item in made.shards)
+    except (OSError, ValueError, AttributeError, DataError, shards.ShardError):
+        return None
+    return (
+        Prepared(to, made.tokenizer, made.vocab_size, made.documents, made.shards, unchanged=True)
+        if whole
+        else None
+    )
+
+
+def _tokenizer(name: str) -> tokenize.Tokenizer:
+    try:
+        return tokenize.load(name)
+    except tokenize.TokenizerError as error:
+        raise DataError(str(error)) from error
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

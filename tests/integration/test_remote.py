@@ -1,0 +1,272 @@
+"""Commands on a node, on the embedded server and on OpenSSH's, over good links and bad ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from orchestrator import connection, session
+from orchestrator.remote import (
+    CommandFailed,
+    CommandTimeout,
+    ConnectionLost,
+    HostKeyMismatch,
+    LoginRefused,
+    NodeUnreachable,
+    NoSuchFile,
+    Remote,
+)
+from provisioning import keys
+from tests.nodes import KEY, Node, Proxy, any_node, node, processes, until
+
+__all__ = ["any_node", "node"]
+NASTY = "a b;$(id) `id` \\ \"x\" 'y'\n\n*?\t\u2028é"
+
+
+def test_arguments_and_streams_arrive_as_they_are(any_node: Node) -> None:
+    with any_node.remote() as remote:
+        assert remote.run(["printf", "%s", NASTY]).stdout.decode() == NASTY
+        result = remote.run("echo out; echo err >&2; exit 5", check=False)
+        assert (result.stdout, result.stderr, result.exit_code) == (b"out\n", b"err\n", 5)
+        data = os.urandom(2_000_000)
+        assert remote.run(["cat"], stdin=data).stdout == data
+        assert remote.connections == 1
+
+
+def test_environment_is_quoted_and_unseen(any_node: Node) -> None:
+    with any_node.remote() as remote:
+        seen = remote.run('printf %s "$A"; cat', env={"A": NASTY, "B": "1"}, stdin=b"input\n")
+        assert seen.stdout.decode() == NASTY + "input\n"
+        listed = remote.run(
+            "ps -eo args 2>/dev/null || cat /proc/[0-9]*/cmdline", env={"TOKEN": "s3cr3t-value"}
+        ).text
+        assert "s3cr3t-value" not in listed
+        for bad in ({"A=B": "1"}, {"A": "\0"}, {"": "x"}, {"1A": "x"}):
+            with pytest.raises(ValueError, match="environment variable"):
+                remote.run(["true"], env=bad)
+
+
+def test_failure_tells_command_and_reason(any_node: Node) -> None:
+    with any_node.remote() as remote:
+        with pytest.raises(CommandFailed, match="the reason") as caught:
+            remote.run("echo the reason >&2; exit 3")
+        assert caught.value.result.exit_code == 3
+        assert caught.value.exit_code == 1
+        assert remote.run("kill -9 $$", check=False).exit_code == session.SIGNALLED
+
+
+def test_timeout_leaves_no_orphan(any_node: Node) -> None:
+    mark = f"1{os.getpid()}"
+    with any_node.remote() as remote:
+        with pytest.raises(CommandTimeout) as caught:
+            remote.run(f"echo begun; sleep {mark} & trap '' TERM; sleep {mark}", timeout=0.5)
+        assert caught.value.result.stdout == b"begun\n"
+        until(lambda: not remote.run(["pgrep", "-f", f"sleep {mark}$"], check=False).text)
+        assert remote.run(["echo", "still here"]).text == "still here"
+        assert remote.connections == 1
+
+
+def test_output_is_bounded(node: Node) -> None:
+    with node.remote() as remote:
+        result = remote.run(["head", "-c", "5000000", "/dev/zero"], limit=1000)
+    assert result.truncated
+    assert len(result.stdout) == 1000
+
+
+def test_files_are_written_whole_and_read_in_part(any_node: Node) -> None:
+    with any_node.remote() as remote:
+        remote.write("~/a b/c'd", b"0123456789", 0o640)
+        path = any_node.home / "a b" / "c'd"
+        assert path.read_bytes() == b"0123456789"
+        assert path.stat().st_mode & 0o777 == 0o640
+        assert remote.read("a b/c'd", 3, 4) == b"3456"
+        assert remote.read("a b/c'd", 10) == b""
+        remote.write(str(path), b"new")
+        assert remote.read(str(path)) == b"new"
+        assert [entry.name for entry in path.parent.iterdir()] == ["c'd"]
+        with pytest.raises(NoSuchFile):
+            remote.read("nothing")
+        with pytest.raises(CommandFailed):
+            remote.write("a b/c'd/under-a-file", b"x")
+        for bad in ("", "a\0b"):
+            with pytest.raises(ValueError, match="no path"):
+                remote.read(bad)
+
+
+def test_large_file_through_stdin(node: Node) -> None:
+    data = os.urandom(9_000_000)
+    with node.remote() as remote:
+        remote.write("big", data)
+        assert remote.read("big", limit=10_000_000) == data
+
+
+def test_detached_job_outlives_connection(any_node: Node) -> None:
+    with any_node.remote() as remote:
+        remote.run(["mkdir", "work"])
+        remote.detach(
+            ["sh", "-c", "echo $SECRET; until [ -e go ]; do sleep 0.02; done; echo done"],
+            cwd="work",
+            log="job.log",
+            env={"SECRET": "x y"},
+        )
+        until(lambda: remote.read("work/job.log") == b"x y\n")
+        for argv, cwd in ((["true"], "nowhere"), (["no-such-program"], "work")):
+            with pytest.raises(CommandFailed):
+                remote.detach(argv, cwd=cwd, log="job.log")
+    (any_node.home / "work" / "go").touch()
+    until(lambda: (any_node.home / "work" / "job.log").read_bytes() == b"x y\ndone\n")
+
+
+def test_detach_without_setsid(node: Node, tmp_path: Path) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("sh", "python3", "sleep", "cat"):
+        where = next(Path(part, name) for part in os.environ["PATH"].split(":") if Path(part, name).exists())
+        (tools / name).symlink_to(where.resolve())
+    with node.remote() as remote:
+        remote.run(["true"])
+        remote.detach(["sh", "-c", "sleep 0.1; echo done"], cwd=".", log="job.log", env={"PATH": str(tools)})
+    until(lambda: (node.home / "job.log").read_bytes() == b"done\n")
+
+
+def test_background_job_that_keeps_the_pipes_does_not_hold_us(any_node: Node) -> None:
+    with any_node.remote() as remote:
+        started = time.monotonic()
+        assert remote.run("sleep 3 & echo started", timeout=20).text == "started"
+        assert time.monotonic() - started < 15
+
+
+def test_many_threads_on_one_connection(any_node: Node) -> None:
+    answers: dict[int, str] = {}
+    with any_node.remote() as remote:
+
+        def ask(number: int) -> None:
+            for _ in range(3):
+                answers[number] = remote.run(["echo", str(number)]).text
+
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert remote.connections == 1
+    assert answers == {number: str(number) for number in range(16)}
+
+
+def test_another_host_key_is_an_error(any_node: Node, tmp_path: Path) -> None:
+    wrong = keys.known_hosts(tmp_path, "wrong")
+    keys.pin(wrong, KEY, keys.generate().public)
+    address = dataclasses.replace(any_node.address, known_hosts=wrong)
+    for tried in (address, dataclasses.replace(address, accept_new=True)):
+        with pytest.raises(HostKeyMismatch) as caught:
+            Remote(tried).run(["true"])
+        assert caught.value.exit_code == 6
+        assert str(wrong) in str(caught.value)
+    assert keys.pinned(wrong) != keys.pinned(any_node.address.known_hosts)
+
+
+def test_first_key_is_pinned_only_where_that_was_asked_for(any_node: Node, tmp_path: Path) -> None:
+    fresh = keys.known_hosts(tmp_path, "fresh")
+    address = dataclasses.replace(any_node.address, known_hosts=fresh)
+    with pytest.raises(HostKeyMismatch, match="no key"):
+        Remote(address).run(["true"])
+    assert not fresh.exists()
+    with Remote(dataclasses.replace(address, accept_new=True)) as remote:
+        remote.run(["true"])
+    assert keys.pinned(fresh) == keys.pinned(any_node.address.known_hosts)
+    with Remote(address) as remote:
+        remote.run(["true"])
+
+
+def test_what_cannot_be_reached(any_node: Node, tmp_path: Path) -> None:
+    with pytest.raises(NodeUnreachable, match="refused"):
+        Remote(dataclasses.replace(any_node.address, port=1)).run(["true"])
+    with pytest.raises(NodeUnreachable, match="cannot be reached"):
+        Remote(dataclasses.replace(any_node.address, host="no-such-host.invalid")).run(["true"])
+    with pytest.raises(LoginRefused):
+        Remote(dataclasses.replace(any_node.address, identity_file=keys.client_key(tmp_path / "x"))).run(
+            ["true"]
+        )
+    with pytest.raises(keys.KeyFileError):
+        Remote(dataclasses.replace(any_node.address, identity_file=tmp_path / "none")).run(["true"])
+
+
+def test_a_port_that_is_silent_or_not_ssh(node: Node) -> None:
+    with Proxy(node.address.port) as proxy:
+        proxy.stall()
+        with pytest.raises(NodeUnreachable, match="handshake"):
+            Remote(node.at(proxy.port).address, connect_timeout=0.5).run(["true"])
+
+
+def test_cut_link_is_a_lost_connection_and_the_next_call_connects(node: Node) -> None:
+    with Proxy(node.address.port) as proxy, node.at(proxy.port).remote() as remote:
+        remote.run(["true"])
+        threading.Timer(0.3, proxy.cut).start()
+        with pytest.raises(ConnectionLost) as caught:
+            remote.run(["sleep", "1006"], timeout=30)
+        assert caught.value.exit_code == 6
+        assert remote.run(["echo", "again"]).text == "again"
+        assert remote.connections == 2
+
+
+def test_stalled_link_is_noticed(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proxy's kernel goes on acknowledging: only the question inside SSH can tell."""
+    assert connection.PROBE_SECONDS + connection.SILENCE_SECONDS < 60
+    monkeypatch.setattr(connection, "PROBE_SECONDS", 0.1)
+    monkeypatch.setattr(connection, "SILENCE_SECONDS", 1.0)
+    with Proxy(node.address.port) as proxy, node.at(proxy.port).remote() as remote:
+        remote.run(["true"])
+        threading.Timer(0.2, proxy.stall).start()
+        with pytest.raises(ConnectionLost, match="silent"):
+            remote.run(["sleep", "1007"], timeout=60)
+        proxy.flow()
+        assert remote.run(["echo", "again"]).text == "again"
+
+
+def test_probe_of_a_busy_link_disturbs_nothing(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "PROBE_SECONDS", 0.01)
+    with node.remote() as remote:
+        for _ in range(10):
+            assert len(remote.run(["head", "-c", "2000000", "/dev/zero"]).stdout) == 2_000_000
+        assert remote.connections == 1
+
+
+def test_login_takes_no_key_from_home(node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A good key in ~/.ssh and a host alias in its config must not help."""
+    ssh = tmp_path / "user" / ".ssh"
+    ssh.mkdir(parents=True)
+    (ssh / "id_ed25519").write_bytes(node.address.identity_file.read_bytes())
+    (ssh / "id_ed25519").chmod(0o600)
+    (ssh / "config").write_text(f"Host 127.0.0.1\n  User {node.address.user}\n  Port {node.address.port}\n")
+    monkeypatch.setenv("HOME", str(tmp_path / "user"))
+    stranger = dataclasses.replace(node.address, identity_file=keys.client_key(tmp_path / "y"))
+    with pytest.raises(LoginRefused):
+        Remote(stranger).run(["true"])
+    with pytest.raises(NodeUnreachable):
+        Remote(dataclasses.replace(node.address, port=1)).run(["true"])
+
+
+def test_round_trips_of_a_warm_command(node: Node) -> None:
+    """One exchange: what the wire carries for a command is a few packets, not a handshake."""
+    with Proxy(node.address.port) as proxy, node.at(proxy.port).remote() as remote:
+        remote.run(["true"])
+        before = proxy.bytes
+        for _ in range(10):
+            remote.run(["true"])
+        assert (proxy.bytes - before) / 10 < 2000
+        assert proxy.connections == 1
+
+
+def test_closing_ends_nothing_on_the_node(node: Node) -> None:
+    assert node.directory is not None
+    remote = node.remote()
+    remote.detach(["sleep", "1008"], cwd=".", log="l")
+    remote.close()
+    assert "sleep 1008" in processes(node.directory)
+    assert remote.run(["echo", "reopened"]).text == "reopened"
+    remote.close()

@@ -1,0 +1,70 @@
+"""kill -9 at any instant, then resume: bit for bit the run that was never killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.trainer.conftest import losses, records
+from trainer import checkpoint, loop, manifest
+
+ROOT = Path(__file__).resolve().parents[2]
+MakeConfig = Callable[..., Path]
+INSTANTS = [
+    ("step", 7, 4),
+    ("backward", 14, 4),
+    ("validation", 6, 4),
+    ("weights-written", 2, 4),
+    ("manifest-written", 2, 4),
+    ("renamed", 3, 4),  # each checkpoint here is latest and best: the third link is the second checkpoint's `latest`
+    ("linked", 3, 8),
+]
+
+
+@pytest.fixture
+def uninterrupted(make_config: MakeConfig, tmp_path: Path) -> Path:
+    assert loop.run(make_config(), tmp_path / "whole", resume=False) == 0
+    return tmp_path / "whole"
+
+
+def run_killed(config: Path, out: Path, instant: str, count: int) -> None:
+    command = [sys.executable, "-m", "tests.trainer.killed", instant, str(count), "train", "--config", str(config), "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=120, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("instant", "count", "resumed_from"), INSTANTS, ids=[item[0] for item in INSTANTS])
+def test_killed_and_resumed_is_bit_identical(
+    make_config: MakeConfig, tmp_path: Path, uninterrupted: Path, instant: str, count: int, resumed_from: int
+) -> None:
+    out = tmp_path / "killed"
+    run_killed(make_config(), out, instant, count)
+    assert max(losses(out), default=0) < 12
+    assert loop.run(make_config(), out, resume=True) == 0
+    assert records(out, "resume")[0]["step"] == resumed_from
+    assert losses(out) == losses(uninterrupted)
+    for name in ("model.safetensors", "training_state.pt"):
+        ours, theirs = (folder / "checkpoints/latest" / name for folder in (out, uninterrupted))
+        assert ours.read_bytes() == theirs.read_bytes(), name
+    directory = out / "checkpoints"
+    assert checkpoint.steps(directory) == checkpoint.steps(uninterrupted / "checkpoints")
+    assert all(manifest.verify(directory / manifest.directory_name(step)) == [] for step in checkpoint.steps(directory))
+    assert not list(directory.glob(".*")), "nothing half-written stays"
+
+
+def test_what_a_kill_left_of_a_removal_is_cleared(make_config: MakeConfig, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert loop.run(make_config(), out, resume=False) == 0
+    doomed = out / "checkpoints/.step-000004.123.tmp"
+    doomed.mkdir()
+    (doomed / "model.safetensors").write_bytes(b"half")
+    assert loop.run(make_config(train={"steps": 13}), out, resume=True) == 0
+    assert not doomed.exists()
