@@ -1,37 +1,31 @@
 """The work behind `llmctl data`: text to token shards with a manifest, and whether shards are what they were.
 
-A document is a row of a parquet file's text column, or a text file; a text file that holds <|endoftext|> is divided there, and a
-large one without it at blank lines. The shards, `train_*.bin` and `validation_*.bin` in llm.c's format, come into being in a hidden folder
+The shards, `train_*.bin` and `validation_*.bin` in llm.c's format, come into being in a hidden folder
 beside their place and appear there by rename, with `shards.json`: how they were made, and each one's tokens and SHA-256. A
 preparation that was interrupted goes on after its last whole shard; one whose sources and settings have not changed does nothing.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
-import os
 import shutil
 import sys
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from orchestrator import texts
 from orchestrator.dataerrors import DataError
-from orchestrator.find import paths
 from orchestrator.hashes import HashCache, Progress, quiet
-from orchestrator.hub import HttpHub, Hub, HubName
-from trainer import pull, shards, tokenize
+from orchestrator.hub import Hub
+from trainer import shards, tokenize
 
 MANIFEST = "shards.json"
-LARGE_TEXT = 1 << 20
-"""Characters above which a text file is divided at blank lines …"""
-BLOCK_TEXT = 1 << 16
-"""… into documents of about so many."""
-TEXT_SUFFIXES = frozenset({".txt", ".md", ".text", ".rst", ".py", ""})
 
 
 @dataclass(frozen=True)
@@ -96,7 +90,7 @@ def prepare(
 ) -> Prepared:  # fmt: skip
     """Tokenise `sources` (text files, folders, globs, parquet files, hf:// names of either) into `to`. Raises DataError."""
     recipe.check()
-    files = [path for source in sources for path in _files(source, cache, hub, progress)]
+    files = [path for source in sources for path in texts.files(source, cache, hub, progress)]
     if not files:
         raise DataError(
             "no source was given",
@@ -118,25 +112,25 @@ def prepare(
     if to.exists() and not (to / MANIFEST).exists() and (not to.is_dir() or any(to.iterdir())):
         raise DataError(f"{to} exists and holds something else", "Name a new folder, or empty this one")
     partial = to.with_name(f".{to.name}.partial")
+    facts = {"version": 1, "key": key, **settings, "vocab_size": _tokenizer(recipe.tokenizer).vocab_size,
+             "separator": _tokenizer(recipe.tokenizer).separator, "sources": inputs}  # fmt: skip
     try:
-        writer = _Writer.open(partial, key, recipe.shard_tokens)
-        _tokenise(files, recipe, writer, processes, progress)
-        _finish(writer, to, {"version": 1, "key": key, **settings, "vocab_size": _tokenizer(recipe.tokenizer).vocab_size,
-                             "separator": _tokenizer(recipe.tokenizer).separator, "sources": inputs})  # fmt: skip
+        with _alone(to):
+            writer = _Writer.open(partial, key, recipe.shard_tokens)
+            _tokenise(files, recipe, writer, processes, progress)
+            _finish(writer, to, facts)
     except OSError as error:
-        raise DataError(
-            f"{error.filename or partial}: {error.strerror or error}",
-            "Free some space; the next call goes on from here",
-        ) from error
+        raise DataError(f"{error.filename or partial}: {error.strerror or error}",
+                        "Make room there, or name another folder; the next call goes on from here") from error  # fmt: skip
     return read(to)
 
 
 def train_tokenizer(sources: Sequence[str], to: Path, vocab_size: int, *, cache: Path, column: str = "text", hub: Hub | None = None,
                     progress: Progress = quiet) -> None:  # fmt: skip
     """Train a byte-level BPE on the sources and write it to `to` as tokenizer.json. Raises DataError."""
-    files = [path for source in sources for path in _files(source, cache, hub, progress)]
+    files = [path for source in sources for path in texts.files(source, cache, hub, progress)]
     try:
-        tokenize.train_bpe((text for text, _ in _documents(files, column)), vocab_size, to)
+        tokenize.train_bpe((text for text, _ in texts.documents(files, column)), vocab_size, to)
     except tokenize.TokenizerError as error:
         raise DataError(str(error)) from error
 
@@ -197,104 +191,6 @@ def listing(folder: Path) -> list[ShardEntry]:
             f"{folder} holds no token shards", "`llmctl data prepare SOURCE --to FOLDER` makes some"
         )
     return found
-
-
-# ---------------------------------------------------------------- sources
-
-
-def _files(source: str, cache: Path, hub: Hub | None, progress: Progress) -> list[Path]:
-    if source.startswith("hf://"):
-        return _download(source, cache / "downloads", hub or HttpHub(cache / "hub"), progress)
-    path = Path(source).expanduser()
-    if path.is_dir():
-        found = sorted(
-            item for item in path.rglob("*") if item.suffix in {*TEXT_SUFFIXES, ".parquet"} and item.is_file()
-        )
-        if not found:
-            raise DataError(f"{path} holds no text and no parquet files", "Name the files with a glob")
-        return found
-    files = paths(source)
-    if missing := [item for item in files if not item.exists()]:
-        raise DataError(f"{missing[0]}: no such file", "Check the path")
-    return files
-
-
-def _download(source: str, folder: Path, hub: Hub, progress: Progress) -> list[Path]:
-    """Files of the Hub, kept in the cache by commit. Raises DataError."""
-    name = HubName.parse(source)
-    at = hub.listing(name)
-    wanted = [file for file in sorted(at.files) if file == name.file or fnmatch(file, name.file)]
-    if not wanted:
-        raise DataError(
-            f"{source}: {name.repo} has no such file", f"It has {', '.join(sorted(at.files)[:5])}"
-        )
-    items = []
-    for file in wanted:
-        known = at.files[file]
-        place = folder / name.repo.replace("/", "--") / at.commit[:12] / file.replace("/", "--")
-        items.append(pull.Item(hub.url(name, at.commit, file), place, known.bytes, known.sha256))
-        if token := os.environ.get("HF_TOKEN"):
-            items[-1].headers["Authorization"] = f"Bearer {token}"
-    problems: list[str] = []
-
-    def told(**line: Any) -> None:
-        if "error" in line:
-            problems.append(line["error"])
-        elif line["kind"] == "progress":
-            progress("downloading", line["fetched_bytes"], line["total_bytes"] or 0)
-
-    if pull.Pull(items, pull.WORKERS, pull.CHUNK_BYTES, 30, told).run() != 0:
-        raise DataError(problems[0], "Call it again: what has arrived is kept")
-    return [item.path for item in items]
-
-
-def _documents(files: Sequence[Path], column: str) -> Iterator[tuple[str, float]]:
-    """(text, bytes of the source that it stands for) of every document."""
-    for path in files:
-        if path.suffix == ".parquet":
-            yield from _rows(path, column)
-        else:
-            text = path.read_text(encoding="utf-8", errors="replace")
-            yield from ((document, len(document)) for document in divide(text))
-
-
-def divide(text: str) -> Iterator[str]:
-    """The documents of a text file."""
-    if tokenize.END_OF_TEXT in text:
-        yield from (part.strip("\n") for part in text.split(tokenize.END_OF_TEXT) if part.strip())
-    elif len(text) <= LARGE_TEXT:
-        if text.strip():
-            yield text
-    else:
-        start = 0
-        while start < len(text):
-            cut = text.find("\n\n", start + BLOCK_TEXT)
-            end = len(text) if cut < 0 else cut + 2
-            yield text[start:end]
-            start = end
-
-
-def _rows(path: Path, column: str) -> Iterator[tuple[str, float]]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise DataError(f"{path} needs pyarrow", "pip install 'llmctl[data]'") from error
-    try:
-        file = parquet.ParquetFile(path)
-        names = file.schema_arrow.names
-        if column not in names:
-            raise DataError(
-                f"{path} has no column {column!r}", f"It has {', '.join(names)}; name one with --column"
-            )
-        weight = path.stat().st_size / max(1, file.metadata.num_rows)
-        for batch in file.iter_batches(batch_size=1024, columns=[column]):
-            yield from ((str(text), weight) for text in batch.column(0).to_pylist() if text)
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path} is no parquet file: {error}", "Copy it again") from error
-
-
-# ---------------------------------------------------------------- shards
 
 
 @dataclass
@@ -371,15 +267,33 @@ class _Writer:
             path.unlink(missing_ok=True)
 
 
+@contextmanager
+def _alone(to: Path) -> Iterator[None]:
+    """Holds the lock beside `to`. Raises DataError while another process does, OSError."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    path = to.with_name(f".{to.name}.lock")
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(
+                f"another llmctl is preparing {to}", "Wait for it, or name another folder"
+            ) from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
 def _tokenise(
     files: Sequence[Path], recipe: Recipe, writer: _Writer, processes: int | None, progress: Progress
 ) -> None:
     total = sum(path.stat().st_size for path in files)
     read_bytes = 0.0
 
-    def texts() -> Iterator[str]:
+    def documents() -> Iterator[str]:
         nonlocal read_bytes
-        for number, (text, weight) in enumerate(_documents(files, recipe.column)):
+        for number, (text, weight) in enumerate(texts.documents(files, recipe.column)):
             read_bytes += weight
             if number >= done_before:
                 yield text
@@ -387,7 +301,7 @@ def _tokenise(
     done_before = writer.documents
     try:
         for encoded in tokenize.encode_documents(
-            recipe.tokenizer, texts(), processes=processes, held_out=recipe.validation_fraction
+            recipe.tokenizer, documents(), processes=processes, held_out=recipe.validation_fraction
         ):
             writer.add(encoded)
             progress("tokenising", min(int(read_bytes), total), total)

@@ -46,7 +46,6 @@ class Driver:
         view = hands.site.observe(record)
         if view.events:
             hands.commit(*view.events)
-            hands.site.committed(view.events)
             record = self._record()
         for tell in self.after:
             tell(record)

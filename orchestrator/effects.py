@@ -27,7 +27,6 @@ from runs.facts import ENDED, Inventory, Marker, NodeFacts, Offer, lease_minutes
 from runs.record import NodeRecord, RunRecord
 from runs.store import Store
 
-
 BOOTING_NOTED = timedelta(seconds=30)
 """How often it is noted that a node still boots: billing begins later than that, whoever sees it active."""
 
@@ -64,9 +63,6 @@ class Site(Protocol):
 
     def collect(self, run: RunRecord, steps: Sequence[int], *, weights_only: bool) -> None:
         """Begin to bring home checkpoints, log, metrics and evaluations."""
-
-    def committed(self, events: Sequence[tuple[str, e.RunEvent | e.NodeEvent]]) -> None:
-        """Those events of `observe` are durable now."""
 
 
 @dataclass
@@ -364,6 +360,15 @@ def terminate(
     else:
         answer = e.TerminateAnswered(at=clock.now(), accepted=True)
     store.commit([(stream, answer)], epoch=epoch)
+
+
+def terminate_foreign(provider: Provider, node_id: str) -> str | None:
+    """Ask for the end of a node that this store does not know (`reap`); why that was not accepted, or None."""
+    try:
+        provider.terminate(node_id)
+    except ProviderError as error:
+        return f"{error.code}: {error}"
+    return None
 
 
 def plain(value: Any) -> Any:

@@ -57,7 +57,9 @@ class HashCache:
         return row[3] if row is not None and row[:3] == stamp else None
 
     def _open(self) -> sqlite3.Connection:
-        return sqlite3.connect(self._path, timeout=30)
+        database = sqlite3.connect(self._path, timeout=30)
+        database.execute("PRAGMA synchronous = OFF")  # what a power cut loses is hashed again
+        return database
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:

@@ -50,6 +50,8 @@ class Journal:
 
     def progress(self, run: RunRecord, now: datetime) -> e.ProgressSeen | None:
         """What the record does not say yet, as an event; None where it says it all."""
+        if not self._offset:
+            return None
         end = run.intervals[-1][2] if run.intervals else 0.0
         new = [
             (item.phase, max(item.start, end), item.end)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from orchestrator.figures import number
 from runs.store import Store
 
 if TYPE_CHECKING:
+    from orchestrator.sources import Shard
     from trainer.config import TestSet
 
 
@@ -117,51 +119,57 @@ def say_samples(samples: Sequence[dict[str, Any]]) -> None:
         render.line(item["prompt"] + item["text"])
 
 
-def test_sets(found: Found, *, data: Sequence[str], name: str | None, offset: int, tokens: int) -> list[TestSet]:
-    """What is to be measured: given shards, a built-in set, or those of the run's spec. Raises Usage, Invalid."""
+def test_sets(
+    found: Found, *, data: Sequence[str], name: str | None, offset: int, tokens: int
+) -> list[TestSet | str]:
+    """What is to be measured: given shards, a built-in set, or those of the run's spec. Raises Usage."""
     from trainer.config import TestSet, from_dict
-    from trainer.slices import SLICES
-
-    def built_in(wanted: str) -> TestSet:
-        if wanted not in SLICES:
-            raise Invalid(f"there is no test set {wanted!r}", f"there are: {', '.join(SLICES)}")
-        return SLICES[wanted]
 
     if data:
-        return [TestSet("shards", [str(Path(item).expanduser().absolute()) if ":" not in item else item for item in data],
-                        offset, tokens)]  # fmt: skip
+        shards = [item if ":" in item else str(Path(item).expanduser().absolute()) for item in data]
+        return [TestSet("shards", shards, offset, tokens)]
     if name is not None:
-        return [built_in(name)]
+        return [name]
     if not found.test_sets:
         raise Usage(f"{found.label} names no test set", "give --test-set NAME or --data SHARD")
-    return [built_in(item) if isinstance(item, str) else from_dict(TestSet, dict(item), "test_sets.") for item in found.test_sets]
+    return [item if isinstance(item, str) else from_dict(TestSet, dict(item), "test_sets.") for item in found.test_sets]
 
 
-def evaluate(home: Path, found: Found, sets: Sequence[TestSet], *, device: str) -> list[dict[str, Any]]:
+def evaluate(home: Path, found: Found, sets: Sequence[TestSet | str], *, device: str) -> list[dict[str, Any]]:
     """The loss on each set, in nats per token. Raises DataError, ConfigError."""
     need_torch()
     from orchestrator import sources
-    from trainer.config import ConfigError, DataConfig
+    from trainer.checkpoint import load_config
+    from trainer.config import DataConfig
     from trainer.evaluate import evaluate_checkpoint
-    from trainer.sample import load_model
 
-    _, config = load_model(found.path)
-    try:
-        plan = sources.resolve(
-            DataConfig(list(sets[0].data), tokenizer=found.tokenizer), cache=home / "cache", needed_tokens=0,
-            context_length=config.model.context_length, vocab_size=config.model.vocab_size, test_sets=list(sets),
-        )  # fmt: skip
-    except ConfigError as error:
-        raise Invalid(str(error)) from error
+    model = load_config(found.path.resolve()).model
+    plan = sources.resolve(
+        DataConfig([], tokenizer=found.tokenizer), cache=home / "cache", needed_tokens=0, context_length=model.context_length,
+        vocab_size=model.vocab_size, test_sets=list(sets),
+    )  # fmt: skip
     results = []
     for item in plan.test_sets:
-        shards = [shard.path for shard in item.shards]
-        if any(path is None for path in shards):
-            raise Invalid(f"{item.name} is not on this machine", "fetch its shards first: `llmctl data prepare`")
-        loss = evaluate_checkpoint(found.path, [str(path) for path in shards], offset=item.offset, tokens=item.tokens,
-                                   device=device)  # fmt: skip
-        results.append({"test_set": item.name, "loss": loss.loss, "tokens": loss.tokens})
+        paths = [_here(home, shard) for shard in item.shards]
+        asked = item.test_set
+        loss = evaluate_checkpoint(found.path, paths, offset=asked.offset, tokens=asked.tokens, device=device)
+        bits = loss.loss * loss.tokens / math.log(2) / asked.bytes if asked.bytes else None
+        results.append({"test_set": asked.name, "loss": loss.loss, "tokens": loss.tokens, "bits_per_byte": bits})
     return results
+
+
+def _here(home: Path, shard: Shard) -> Path:
+    """A shard as a file on this machine: where it lies, or fetched into the cache."""
+    if shard.path is not None:
+        return shard.path
+    from orchestrator import sources
+    from trainer import pull
+
+    path = home / "cache" / "shards" / shard.node_name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        pull.fetch(sources.pull_item(shard, str(path)))
+    return path
 
 
 def say_losses(results: Sequence[dict[str, Any]]) -> None:

@@ -327,7 +327,7 @@ class Start:
     rank: int
     addresses: list[str]
     """Of all nodes, on the private network where there is one; the first is the rendezvous."""
-    environment: dict[str, Any]
+    environment: Mapping[str, Any]
     cpus: int = 1
 
 

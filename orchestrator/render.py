@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 PIPED_COLUMNS = 200
 """Width of tables that go into a file or a pipe, unless COLUMNS says otherwise."""
+NARROW = 100
+"""Under so many columns long cells are cut, so that more of them fit."""
 STATE_STYLES = {
     "succeeded": "green", "failed": "red", "lost": "red", "stopped": "yellow", "training": "cyan",
     "waiting": "magenta", "planned": "magenta",
@@ -54,6 +56,8 @@ def table(columns: Sequence[Column], rows: Sequence[Any], *, space: int | None =
 
     room = space or width()
     cells = [[sane(column.cell(row)).replace("\n", " ") for column in columns] for row in rows]
+    if room < NARROW:
+        cells = [[_short(text, room * 2 // 5) for text in line] for line in cells]
     shown = fitting(columns, cells, room)
     grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_edge=False)
     for index in shown:
@@ -70,6 +74,10 @@ def table(columns: Sequence[Column], rows: Sequence[Any], *, space: int | None =
             )
         )
     console().print(grid)
+
+
+def _short(text: str, longest: int) -> str:
+    return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 def fitting(columns: Sequence[Column], cells: Sequence[Sequence[str]], room: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""`compare` for people and for spreadsheets: a table, CSV, Markdown, HTML, JSON, and curves in the terminal."""
+"""`compare` for people and for spreadsheets: a table, CSV, Markdown, HTML, JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from runs import compare
 
 if TYPE_CHECKING:
     from orchestrator.comparing import Table
-    from runs.store import Store
 
 _USD = {"training_usd", "cost_usd", "usd_per_billion_tokens"}
 _SHORT = {
@@ -183,49 +182,3 @@ def difference(items: Sequence[dict[str, Any]]) -> None:
 
 def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (str, int, float)) else str(value)
-
-
-# ---------------------------------------------------------------- curves
-
-
-def plot(store: Store, table: Table, over: str) -> None:
-    """Loss curves over `over`, and loss against dollars, in the terminal."""
-    import plotext
-
-    from runs.curves import curve
-
-    shown = [row for row in table.rows if row.get("run")]
-    room = render.width()
-    curves = [(row["run"], *curve(store, row["run"], over)) for row in shown]
-    curves = [item for item in curves if item[1]]
-    colour = sys.stdout.isatty() and not _no_colour()
-    if curves:
-        _draw(plotext, [(name, xs, ys, True) for name, xs, ys in curves], f"loss over {over}", room, colour=colour)
-    points = [
-        (row["run"] or row["name"], [row["cost_usd"]], [row["validation_loss"] or row["test_loss"]], False)
-        for row in table.rows
-        if row.get("cost_usd") is not None and (row.get("validation_loss") or row.get("test_loss")) is not None
-    ]
-    if points:
-        _draw(plotext, points, "loss against dollars", room, colour=colour)
-    if not curves and not points:
-        render.line("There is no loss to plot yet.")
-
-
-def _draw(
-    plotext: Any, series: Sequence[tuple[str, list[float], list[float], bool]], title: str, room: int, *, colour: bool
-) -> None:
-    plotext.clear_figure()
-    plotext.theme("clear" if not colour else "default")
-    plotext.plotsize(min(room, 160), 20)
-    plotext.title(title)
-    for name, xs, ys, line in series:
-        (plotext.plot if line else plotext.scatter)(xs, ys, label=name if len(series) <= 12 else None)
-    text = plotext.build()
-    sys.stdout.write((text if colour else plotext.uncolorize(text)).rstrip("\n") + "\n")
-
-
-def _no_colour() -> bool:
-    import os
-
-    return bool(os.environ.get("NO_COLOR"))

@@ -155,14 +155,15 @@ class NodeSite:
     def _attend(self, run: RunRecord) -> None:
         """A watch for each living node of the open attempt that has an address; none for the others."""
         nodes = {node.key: node for node in run.attempt_nodes() if node.alive and node.ip} if run.live else {}
-        for key in [key for key in self._watches if key not in nodes]:
-            self._watches.pop(key).close()
-        for key, node in nodes.items():
+        addresses = {key: self._address(node) for key, node in nodes.items()}
+        for key, watch in list(self._watches.items()):
+            if addresses.get(key) != watch.remote.address:  # gone, or it answers elsewhere now
+                self._watches.pop(key).close()
+        for key, address in addresses.items():
             if key not in self._watches:
                 assert run.attempt is not None
                 mirrors = self._mirrors(run) if key == run.attempt.keys[0] else None
-                remote = Remote(self._address(node))
-                self._watches[key] = Watch(remote, run.run, self._clock, self._wake, mirrors)
+                self._watches[key] = Watch(Remote(address), run.run, self._clock, self._wake, mirrors)
 
     def _mirrors(self, run: RunRecord) -> dict[str, Mirror]:
         assert run.attempt is not None

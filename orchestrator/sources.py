@@ -143,6 +143,8 @@ def pull_item(shard: Shard, path: str, objects: ObjectStore | None = None) -> di
             )
         url = objects.presign_get(url)
     item: dict[str, Any] = {"url": url, "path": path, "bytes": shard.bytes, "sha256": shard.sha256}
+    if shard.source.startswith("hf://"):
+        item["bearer_env"] = "HF_TOKEN"  # where the node has it: gated repositories
     if shard.span is not None and shard.tokens is not None:
         item.update(
             span=list(shard.span),

@@ -87,8 +87,11 @@ def _ready(node: NodeRecord, event: e.NodeReady) -> NodeRecord:
 
 
 def _terminate_intended(node: NodeRecord, event: e.TerminateIntended) -> NodeRecord:
+    # Asked again, and never seen to end: the earlier acceptance may have been worth nothing, and it may have billed on.
+    believed = node.terminate_accepted_at if node.status == "terminating" else None
     return _with(
         node,
+        terminate_accepted_at=believed,
         terminate_intended_at=node.terminate_intended_at or event.at,
         terminate_reason=node.terminate_reason or event.reason,
         terminate_tried_at=event.at,
@@ -100,9 +103,7 @@ def _terminate_intended(node: NodeRecord, event: e.TerminateIntended) -> NodeRec
 def _terminate_answered(node: NodeRecord, event: e.TerminateAnswered) -> NodeRecord:
     if not event.accepted:
         return node
-    # Asked again, and never seen to end: the earlier acceptance may have been worth nothing, and it may have billed on.
-    believed = node.terminate_accepted_at if node.status == "terminating" else None
-    return _with(node, terminate_accepted_at=believed or event.at)
+    return _with(node, terminate_accepted_at=node.terminate_accepted_at or event.at)
 
 
 def _gone(node: NodeRecord, event: e.NodeGone) -> NodeRecord:

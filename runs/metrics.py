@@ -269,7 +269,7 @@ def _append(intervals: list[Interval], phase: str, start: float, end: float) -> 
     if last.phase == phase and gap <= max(0.05, 0.2 * (end - start)):
         intervals[-1] = Interval(phase, last.start, end)
     else:
-        intervals.append(Interval(phase, last.end if gap < 0.01 else start, end))
+        intervals.append(Interval(phase, last.end if gap < 0.05 else start, end))
 
 
 class Mirror:

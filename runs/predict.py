@@ -36,7 +36,8 @@ _PREPARE = {True: 90.0, False: 20.0}
 _RELEASE = {True: 20.0, False: 2.0}
 _PULL_BYTES_PER_SECOND = {True: 10e6, False: 200e6}
 """Checkpoints to a home connection (7 to 12 MB/s were published), and from a node on this machine."""
-_SPREAD = {"same": 0.1, "alike": 0.2}
+_SAME = {"cuda": 0.1, "cpu": 0.15}
+_ALIKE = 0.2
 """Relative error where the same run has been here before, and where only its like has."""
 
 
@@ -250,7 +251,7 @@ def _speed(
         note = (
             f"speed of {len(same)} earlier run{'s' * (len(same) > 1)} of this kind on {offer.instance_type}"
         )
-        return statistics.median(same), "history", max(spread, _SPREAD["same"]), (note,)
+        return statistics.median(same), "history", max(spread, _SAME[spec.train.device]), (note,)
     if gpu is None:
         return _scaled(spec, offer, history)
     modelled = roofline.predict(
@@ -263,7 +264,7 @@ def _speed(
         factor = statistics.median(ratios)
         note = f"roofline x {factor:.2f}, as measured in {len(ratios)} earlier run{'s' * (len(ratios) > 1)} on {gpu.key}"
         spread = (max(ratios) - min(ratios)) / factor / 2
-        return modelled.tokens_per_second * factor, "history", max(spread, _SPREAD["alike"]), (note,)
+        return modelled.tokens_per_second * factor, "history", max(spread, _ALIKE), (note,)
     note = "roofline and communication model, no run of yours on this GPU yet"
     return modelled.tokens_per_second, "roofline", roofline.ERROR, (note,)
 

@@ -41,16 +41,20 @@ class Cli:
 
     def run(self, *args: str, code: int | None = 0, timeout: float = 180) -> subprocess.CompletedProcess[str]:
         """Run a command; its exit code must be `code`, unless that is None."""
-        done = subprocess.run(
-            [LLMCTL, *args],
-            env=self.env,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=timeout,
-            cwd=self.home,
-            check=False,
-        )
+        try:
+            done = subprocess.run(
+                [LLMCTL, *args],
+                env=self.env,
+                text=True,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=timeout,
+                cwd=self.home,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            told = (error.stderr or b"").decode()[-2000:]
+            raise AssertionError(f"llmctl {' '.join(args)} took {timeout:g} s\n{told}\n{self.driver_log()}") from None
         if code is not None and done.returncode != code:
             raise AssertionError(
                 f"llmctl {' '.join(args)} ended with {done.returncode}, not {code}\n--- stdout\n{done.stdout[-4000:]}"

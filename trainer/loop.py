@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from trainer import checkpoint, distributed, flops, manifest, microbatch, schedule
+from trainer import cache, checkpoint, distributed, flops, manifest, microbatch, schedule
 from trainer import config as configuration
 from trainer.batches import Batches, await_shards
 from trainer.checkpoint import Saved
@@ -169,6 +169,8 @@ def _steps(run: Run) -> bool:
             _one_step(run, batches)
             if run.step == begun_at + 1:
                 here.shorten_timeouts()
+                if here.rank == 0 and train.compile:
+                    cache.save_compiled(cache.key(config, here.device, here.size))
             if run.step == begun_at + 3:  # everything that lives long lives now
                 gc.collect()
                 gc.freeze()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
+from trainer import cache, flops
 from trainer import config as configuration
-from trainer import flops
 from trainer.config import ConfigError, TrainerConfig
 from trainer.distributed import World
 
@@ -61,15 +63,38 @@ def would_fit(config: TrainerConfig, here: World, size: int) -> str:
 
 
 def choose(config: TrainerConfig, here: World, recorded: int | None) -> int:
-    """The microbatch size of this run, the same on every rank: the spec's; or the one that the checkpoint was trained
-    with, so that a resumed run is bit-identical; or the predicted one."""
+    """The microbatch size to begin with, the same on every rank: the spec's; or the one that the checkpoint was trained
+    with, so that a resumed run is bit-identical; or one that held on this kind of machine before; or the predicted."""
     wanted = config.train.microbatch_size
     if wanted != "auto":
         return wanted
     share = config.train.global_batch_size // here.size
     if recorded is not None and share % recorded == 0:
         return recorded
-    size: int = here.tell(
-        predicted(config, here.size, device_memory_gib(here.device)) if here.rank == 0 else None
-    )
+    size: int = here.tell(_known_or_predicted(config, here) if here.rank == 0 else None)
     return size
+
+
+def _known_or_predicted(config: TrainerConfig, here: World) -> int:
+    known = cache.recall(cache.key(config, here.device, here.size), "microbatch_size")
+    return known if isinstance(known, int) else predicted(config, here.size, device_memory_gib(here.device))
+
+
+def verified(size: int, config: TrainerConfig, here: World, attempt: Callable[[int], None]) -> int:
+    """`size` where `attempt(size)`, real steps without collectives, does not run out of memory on any rank; otherwise
+    the next smaller candidate, tried likewise. The result is remembered. Raises OutOfMemoryError where that fails too.
+    """
+    smaller = [other for other in candidates(config, here.size) if other < size]
+    for candidate in [size, *smaller[:1]]:
+        failed = False
+        try:
+            attempt(candidate)
+        except torch.OutOfMemoryError:
+            failed = True
+        if not here.agree(failed).result()[0]:
+            if here.rank == 0:
+                cache.remember(cache.key(config, here.device, here.size), "microbatch_size", candidate)
+            return candidate
+        if here.device.type == "cuda":
+            torch.cuda.empty_cache()
+    raise torch.OutOfMemoryError(f"out of memory before the first step: {would_fit(config, here, size)}")

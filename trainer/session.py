@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer import checkpoint, distributed, flops, gpus, loss, microbatch
+from trainer import cache, checkpoint, distributed, flops, gpus, loss, microbatch
 from trainer import config as configuration
 from trainer.batches import Reader, training_reader
 from trainer.checkpoint import HostCopies, Writer
@@ -135,6 +135,16 @@ def prepare(
     )
     run = Run(config, out, here, model, module, optimizer, reader, size, stop, status, metrics, peak)
     run.copies = HostCopies(here.device)
+    if (
+        config.train.microbatch_size == "auto"
+        and recorded is None
+        and here.device.type == "cuda"
+        and config.train.sharding == "ddp"
+    ):
+        run.microbatch_size = size = microbatch.verified(
+            size, config, here, lambda candidate: _attempt(run, candidate)
+        )
+        optimizer.prepare_state()
     if found:
         _restore(run, Path(found[0]), facts)
     else:
@@ -145,6 +155,21 @@ def prepare(
     run.tell(microbatch_size=size, steps=config.steps, step=run.step, checkpoint_step=run.saved_step)
     run.saved_at = time.monotonic()
     return run
+
+
+def _attempt(run: Run, size: int) -> None:
+    """Two updates and a validation batch at a microbatch size, with meaningless weights and no collectives: afterwards the
+    device has held whatever training will make it hold."""
+    model, device = run.config.model, run.here.device
+    tokens = torch.zeros(size, model.context_length + 1, dtype=torch.int64, device=device)
+    for _ in range(2):
+        for _ in range(min(2, run.config.train.global_batch_size // run.here.size // size)):
+            with distributed.synchronised(run.module, wanted=False):
+                run.module(tokens[:, :-1], tokens[:, 1:], 1.0).backward()
+        run.optimizer.step(0.0)
+    with torch.no_grad():
+        run.module(tokens[:, :-1], tokens[:, 1:], 1.0)
+    torch.cuda.synchronize(device)
 
 
 def _with_microbatch(config: TrainerConfig, size: int) -> TrainerConfig:
@@ -176,6 +201,8 @@ def build(config: TrainerConfig, here: World) -> tuple[GPT, nn.Module, Optimizer
     with torch.device("meta"):
         model = GPT(config.model, compute_dtype=dtype, recompute=train.activation_checkpointing)
     compiled = train.compile and can_compile(here.device)
+    if compiled:
+        cache.load_compiled(cache.key(config, here.device, here.size))
     if train.sharding == "ddp":
         model.allocate(here.device)
         _zero(model)
@@ -199,7 +226,7 @@ def use_seed_weights(model: GPT, config: TrainerConfig) -> None:
     fill(model, initial_weights(config.model, config.train.seed), place)
 
 
-def _keep_memory() -> None:
+def keep_memory() -> None:
     """Have glibc keep freed memory. By default every large tensor is mapped anew in each step, and the kernel zeroes
     its pages one by one: a tenth of the time of a small model's step on a CPU."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -230,7 +257,7 @@ def can_compile(device: torch.device) -> bool:
 def set_up_process(config: TrainerConfig) -> None:
     """Switches that hold for the whole process: TF32, determinism, and an allocator that keeps its memory."""
     if config.train.device == "cpu":
-        _keep_memory()
+        keep_memory()
     torch.set_float32_matmul_precision(
         "high"
     )  # TF32 on a GPU for what is left in float32; nothing changes on a CPU

@@ -20,8 +20,10 @@ from orchestrator.commands.common import (
     examples,
     find_record,
     find_run,
+    interactive,
     machine,
     open_store,
+    tell,
 )
 
 PANEL = "Finish"
@@ -136,9 +138,12 @@ def reap(
     quiet = machine(as_json, output)
     if not quiet:
         render_doctor.found(found)
-    if found.nodes and (yes or quiet or not confirm(found.question, yes=False)) and not yes:
-        answer(found.document(), as_json=quiet, human=lambda: None)
-        return found.exit_code
+    if found.nodes and not yes:
+        if quiet or not interactive():
+            answer(found.document(), as_json=quiet, human=lambda: tell("nothing was ended: add --yes"))
+            return 2
+        if not confirm(found.question, yes=False):
+            return 8
     done = reaping.end(store, clock, found)
     answer(done.document(), as_json=quiet, human=lambda: render_doctor.reaped(done))
     return done.exit_code

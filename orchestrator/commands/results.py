@@ -81,7 +81,9 @@ def compare(
     table = comparing.table(store, ask)
     render_compare.say(table, "json" if quiet else form.value)
     if plot and not quiet:
-        render_compare.plot(store, table, over.value)
+        from orchestrator import render_plot
+
+        render_plot.plot(store, table, over.value)
 
 
 def report(

@@ -88,7 +88,9 @@ def start(run: Path, **options) -> subprocess.Popen:
 
 def call(run: Path, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "trainer.supervise", *arguments]
-    return subprocess.run(command, cwd=run, env=environment(), capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        command, cwd=run, env=environment(), capture_output=True, text=True, timeout=60, check=False
+    )
 
 
 def until(predicate, what: str, seconds: float = 30):

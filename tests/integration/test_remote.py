@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
+import sys
 import threading
 import time
 from pathlib import Path
@@ -125,9 +127,9 @@ def test_detached_job_outlives_connection(any_node: Node) -> None:
 def test_detach_without_setsid(node: Node, tmp_path: Path) -> None:
     tools = tmp_path / "bin"
     tools.mkdir()
-    for name in ("sh", "python3", "sleep", "cat"):
-        where = next(Path(part, name) for part in os.environ["PATH"].split(":") if Path(part, name).exists())
-        (tools / name).symlink_to(where.resolve())
+    (tools / "python3").symlink_to(Path(sys.executable).resolve())
+    for name in ("sh", "sleep"):
+        (tools / name).symlink_to(shutil.which(name) or "")
     with node.remote() as remote:
         remote.run(["true"])
         remote.detach(["sh", "-c", "sleep 0.1; echo done"], cwd=".", log="job.log", env={"PATH": str(tools)})

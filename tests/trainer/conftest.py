@@ -25,6 +25,11 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMCTL_TRAINER_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="session")
 def text() -> bytes:
     """Two hundred kilobytes of the standard library's source."""

@@ -17,7 +17,7 @@ import torch
 
 from tests.trainer.conftest import records, status
 from trainer import checkpoint, manifest
-from trainer.after import bases, classify, dpo, examples, finetune
+from trainer.after import bases, classify, dpo, epochs, examples, finetune
 from trainer.after.epochs import rows_of_step
 from trainer.checkpoint import Snapshot
 from trainer.config import DataConfig, ModelConfig, TrainConfig, TrainerConfig
@@ -58,14 +58,14 @@ def make(base: Path, tmp_path: Path) -> Callable[..., Path]:
     def make(kind: str, train: dict[str, Any] | None = None, **top: Any) -> Path:
         rows = {
             "instruction": translations(QUESTIONS),
-            "classification": [{"tokens": list((a if i % 2 else b).encode()), "label": i % 2} for i, (a, b) in enumerate(QUESTIONS)],
+            "classification": [{"tokens": list((f"{a}!" if i % 2 else f"{b}?").encode()), "label": i % 2} for i, (a, b) in enumerate(QUESTIONS)],
             "preference": [{"prompt": list(f"{a} = ".encode()), "chosen": [*b.encode(), 0], "rejected": [*b.upper().encode(), 0]}
                            for a, b in QUESTIONS],
         }[kind]  # fmt: skip
         document = {
             "base": str(base),
-            "data": {"train": [lines(tmp_path / "train.jsonl", rows[:9])], "validation": [lines(tmp_path / "val.jsonl", rows[6:])],
-                     "test": [lines(tmp_path / "test.jsonl", rows[9:])], "tokenizer": "bytes", "template": "alpaca"},
+            "data": {"train": [lines(tmp_path / f"{kind}-train.jsonl", rows[:9])], "validation": [lines(tmp_path / f"{kind}-val.jsonl", rows[6:])],
+                     "test": [lines(tmp_path / f"{kind}-test.jsonl", rows[9:])], "tokenizer": "bytes", "template": "alpaca"},
             "train": {"epochs": 3, "global_batch_size": 4, "microbatch_size": 2, "learning_rate": 3e-3, "precision": "fp32",
                       "device": "cpu", "log_every": 1, **(train or {})},
             **top,
@@ -97,7 +97,7 @@ def test_instruction_tuning_improves_the_validation_loss_and_keeps_the_best_epoc
     assert max(seen) == best[1] + 2 * 3 < 40 * 3
     assert [line["step"] for line in records(out, "checkpoint") if line["best"]][-1] == best[1]
     result = json.loads((out / "evaluations.json").read_text())["test_sets"][0]
-    assert result["checkpoint_step"] == best[1] and result["name"].startswith("test-")
+    assert result["checkpoint_step"] == best[1] and result["name"].startswith("instruction-test-")
     model, config = load_model(out / "checkpoints" / "best")
     assert config.tuned is not None and (config.tuned.kind, config.tuned.template) == (
         "instruction",
@@ -191,7 +191,7 @@ def test_a_classifier_learns_its_classes_and_opens_again(make: Any, tmp_path: Pa
     assert records(out, "step")[-1]["accuracy"] == 1.0
     module, saved = classify.load_classifier(out / "checkpoints" / "best")
     assert saved.tuned is not None and saved.tuned.classes == ["french", "english"]
-    held = [(list((a if i % 2 else b).encode()), i % 2) for i, (a, b) in enumerate(QUESTIONS)][6:]
+    held = [(list((f"{a}!" if i % 2 else f"{b}?").encode()), i % 2) for i, (a, b) in enumerate(QUESTIONS)][6:]
     chosen = classify.classify(module, [tokens for tokens, _ in held]).argmax(1).tolist()
     best = min(validations[1:], key=lambda line: line["validation_loss"])
     assert sum(a == b for a, (_, b) in zip(chosen, held, strict=True)) / len(held) == pytest.approx(
@@ -225,36 +225,33 @@ def test_preference_tuning_starts_at_ln_2_and_prefers_the_chosen(make: Any, tmp_
     load_model(out / "checkpoints" / "best")  # a language model as before
 
 
-@pytest.mark.parametrize("kind", ["instruction", "preference"])
-def test_the_loss_is_the_same_on_two_processes(make: Any, tmp_path: Path, kind: str) -> None:
-    name = {"instruction": "finetune", "preference": "dpo"}[kind]
-    config = make(kind, {"epochs": 2, "microbatch_size": 1, "patience": 9})
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    argv = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        f"trainer.after.{name}",
-    ]
-    done = subprocess.run(
-        [*argv, "--config", config, "--out", tmp_path / "two"],
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert tune({"instruction": finetune, "preference": dpo}[kind], config, tmp_path / "one") == 0
-    for what, key in (("step", "loss"), ("validation", "validation_loss")):
-        one, two = (
-            [(line["step"], line[key]) for line in records(tmp_path / out, what)] for out in ("one", "two")
+def test_the_loss_is_the_same_on_two_processes(make: Any, tmp_path: Path) -> None:
+    scripts = {"finetune": finetune, "dpo": dpo}
+    configs = {
+        name: make(kind, {"epochs": 2, "microbatch_size": 1, "patience": 9})
+        for name, kind in (("finetune", "instruction"), ("dpo", "preference"))
+    }
+    started = []
+    for name, config in configs.items():
+        argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        argv += ["-m", f"trainer.after.{name}", "--config", str(config), "--out", str(tmp_path / f"{name}-2")]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        started.append(
+            subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         )
-        assert [step for step, _ in one] == [step for step, _ in two]
-        assert [loss for _, loss in one] == pytest.approx([loss for _, loss in two], abs=1e-4)
+    for name, module in scripts.items():
+        assert tune(module, configs[name], tmp_path / f"{name}-1") == 0
+    for process in started:
+        told, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, told[-2000:]
+    for name in scripts:
+        for what, key in (("step", "loss"), ("validation", "validation_loss")):
+            one, two = (
+                [(line["step"], line[key]) for line in records(tmp_path / f"{name}-{n}", what)]
+                for n in (1, 2)
+            )
+            assert [step for step, _ in one] == [step for step, _ in two]
+            assert [loss for _, loss in one] == pytest.approx([loss for _, loss in two], abs=1e-4)
 
 
 def test_an_epoch_has_every_example_once_in_an_order_of_its_own() -> None:
@@ -287,7 +284,7 @@ def test_an_epoch_has_every_example_once_in_an_order_of_its_own() -> None:
 )
 def test_a_bad_example_is_named_with_its_line(make: Any, tmp_path: Path, line: str, message: str) -> None:
     config = make("instruction")
-    train = tmp_path / "train.jsonl"
+    train = tmp_path / "instruction-train.jsonl"
     good = train.read_text().splitlines()
     train.write_text("\n".join([*good[:2], line, *good[2:]]))
     assert tune(finetune, config, tmp_path / "out") == 3
@@ -330,27 +327,27 @@ def test_a_context_longer_than_trained_is_refused(make: Any, tmp_path: Path) -> 
     )
 
 
-def test_a_stop_is_checkpointed_and_carried_on_from(make: Any, tmp_path: Path) -> None:
-    config, out = make("instruction", {"epochs": 2}), tmp_path / "out"
-    out.mkdir()
-    argv = [sys.executable, "-m", "trainer.after.finetune", "--config", str(config), "--out", str(out)]
-    (out / "stop").touch()  # what the supervisor leaves; the heartbeat finds it
-    document = json.loads(config.read_text())
-    document["train"].update(epochs=100_000, patience=100_000)
-    config.write_text(json.dumps(document))
-    done = subprocess.run(
-        argv,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_a_stop_is_checkpointed_and_carried_on_from(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, out, report = make("instruction", {"epochs": 2, "patience": 9}), tmp_path / "out", epochs._report
+
+    def asked_to_stop(session: Any, record: dict[str, Any]) -> None:
+        report(session, record)
+        if record["step"] == 2:
+            (out / "stop").touch()  # what the supervisor leaves
+            assert session.status.stop.wait(30)  # the heartbeat finds it
+
+    monkeypatch.setattr(epochs, "_report", asked_to_stop)
+    assert tune(finetune, config, out) == 0
     told = status(out)
-    assert told["state"] == "stopped" and told["checkpoint_step"] == told["step"] > 0
-    assert checkpoint.linked(out / "checkpoints", "latest") == told["step"]
-    assert not (out / "stop").exists()
+    assert (told["state"], told["step"], told["checkpoint_step"]) == ("stopped", 2, 2)
+    assert checkpoint.linked(out / "checkpoints", "latest") == 2 and not (out / "stop").exists()
+    assert tune(finetune, config, tmp_path / "out") == 3  # without --resume nothing is overwritten
+    monkeypatch.undo()
+    assert tune(finetune, config, out, "--resume") == 0
+    assert (status(out)["state"], status(out)["step"]) == ("finished", 6)
+    assert [line["step"] for line in records(out, "step")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_examples_that_are_too_long_lose_their_end() -> None:

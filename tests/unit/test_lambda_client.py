@@ -258,6 +258,7 @@ def test_no_secret_in_errors_logs_or_reprs(paper: Paper, caplog: pytest.LogCaptu
     wanted = request(self_terminate=True)
     secrets = [paper.server.key, *(wanted.host_private_key or "").splitlines()[1:3]]
     shown = [
+        repr(wanted),
         repr(provider),
         repr(provider._api),
         repr(provider._api.credentials),

@@ -9,7 +9,7 @@ import pytest
 
 from runs import recipes, roofline
 from runs.facts import Offer, Tariff
-from runs.history import Past, alike, past
+from runs.history import Past, alike, evaluated_tokens, past
 from runs.predict import (
     ENOUGH_TOKENS,
     USABLE,
@@ -248,12 +248,12 @@ def test_a_local_cpu_run_with_history_is_predicted() -> None:
         tokens_per_second=15_500.0,
         training_seconds=seconds,
         phases=phases,
-        evaluated_tokens=5 * 65_536 + 131_072,
+        evaluated_tokens=evaluated_tokens(spec),
     )
     found = predict(quickstart("train.seed=1"), LOCAL, [before])
     assert found.hours == pytest.approx(sum(phases.values()) / 3600, rel=0.01)
     assert found.cost_usd == pytest.approx(sum(phases.values()) / 3600 * 1.20, rel=0.01)
-    doubled = predict(quickstart("train.steps=1000"), LOCAL, [before])
+    doubled = predict(quickstart("train.steps=600"), LOCAL, [before])
     assert doubled.phases["training"] == pytest.approx(2 * seconds)
     wider = predict(quickstart("model.emb_dim=256"), LOCAL, [before])
     assert wider.basis == "history"
@@ -300,7 +300,7 @@ def test_a_stored_run_becomes_evidence() -> None:
     assert found is not None
     assert alike(found, spec, LOCAL) == "same"
     assert found.phases["training"] == pytest.approx(60, rel=1e-3)
-    assert found.evaluated_tokens == 5 * spec.train.validation_tokens + 131_072
+    assert found.evaluated_tokens == 3 * spec.train.validation_tokens + 131_072
     exact = past(stored(spec, seconds_by_phase={"training": 61.0}), spec.to_dict())
     assert exact is not None
     assert exact.phases == {"training": 61.0}

@@ -236,7 +236,7 @@ def test_a_published_file_is_cut_into_ranges(tmp_path, small_pieces):
         [1024, 1024 + 2002],
     )
     assert bytes.fromhex(first["header"]).ljust(first["header_bytes"], b"\0") == shares.header(1001, "uint16")
-    assert first["bytes"] == 1024 + 2002
+    assert (first["bytes"], first["bearer_env"]) == (1024 + 2002, "HF_TOKEN")
     got = [ids(whole[slice(*item.span)], 0) for item in plan.train]
     assert sequences(got, 100, 25) == sequences([ids(whole)], 100, 25)
     (item,) = plan.test_sets

@@ -1,0 +1,64 @@
+"""The life of a run under faults: 10,000 schedules, and a crash at every place of a few."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from .campaign import campaign, every_place, ground, shrink, try_plan
+from .plan import Fault, Plan, make
+
+SCHEDULES = int(os.environ.get("LLMCTL_SCHEDULES", "10000"))
+"""Fewer for the tests of the tests."""
+
+WORLDS = {
+    "lost answer": Plan(2, (Fault("call", "launch:lost"),), steps=10, every=5),
+    "lying end": Plan(3, (Fault("call", "terminate:lie"),), steps=10, on_finish="3m", vanish_seconds=0.0),
+    "a node dies": Plan(4, (Fault("node", "preempted", 0, at=110.0),), boot_seconds=20.0),
+    "stopped while booting": Plan(5, (Fault("user", "stop", at=30.0), Fault("user", "resume", at=200.0)), steps=10),
+}  # fmt: skip
+
+
+def test_schedules() -> None:
+    """Every invariant holds in each of many schedules; a failure prints its history, shrunk."""
+    done, failure = campaign(SCHEDULES, 1)
+    assert failure is None, str(failure)
+    assert done == SCHEDULES
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_crash_at_every_place(name: str) -> None:
+    """A driver that dies before or after any commit or call is continued by the next one."""
+    places, failure = every_place(WORLDS[name])
+    assert failure is None, str(failure)
+    assert places > 60
+
+
+def test_a_schedule_is_a_function_of_its_seed() -> None:
+    """The same seed gives the same plan and the same passages."""
+    passed = []
+    for _ in range(2):
+        with ground() as shared:
+            passed.append(try_plan(make(77), shared))
+    assert passed[0] == passed[1]
+    assert make(77) == make(77) != make(78)
+
+
+def test_a_failure_shrinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not matter is left out, and what is left still fails."""
+    from .rules import Broken, Rules
+
+    def grumble(self: Rules, *, everything: bool = False) -> None:
+        if any("lie" in line for line in self.s.history):
+            raise Broken("a lie was told")
+
+    monkeypatch.setattr(Rules, "at_end", grumble)
+    noise = (Fault("crash", "commit<", 5, seconds=20.0), Fault("user", "extend", at=30.0))
+    with ground() as shared:
+        failure, _ = try_plan(Plan(9, (*noise, Fault("call", "terminate:lie"))), shared)
+    assert failure is not None
+    small = shrink(failure)
+    assert [fault.what for fault in small.plan.faults] == ["terminate:lie"]
+    assert "a lie was told" in str(small)
+    assert "terminate is called" in str(small)
