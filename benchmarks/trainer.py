@@ -20,6 +20,9 @@ import sys
 import time
 from pathlib import Path
 
+sys.path[0] = str(
+    Path(__file__).resolve().parents[1]
+)  # this script's folder has a `trainer` of its own: the script
 WIDTH, LAYERS, HEADS, CONTEXT, BATCH, VOCAB = 384, 6, 6, 256, 8, 50_257
 PLAIN = {"model": "plain", "attention": "written out", "compile": False, "vocab": VOCAB, "precision": "fp32"}
 RUNGS = [
@@ -42,7 +45,7 @@ RATIO = ({**PLAIN, "attention": "sdpa", "compile": True, "vocab": 50_304},
 
 def plain_model(variant):
     import torch
-    import torch.nn.functional as F
+    import torch.nn.functional as F  # noqa: N812
     from torch import nn
 
     class Block(nn.Module):
@@ -90,7 +93,7 @@ def plain_model(variant):
 
 def our_model(variant):
     import torch
-    import torch.nn.functional as F
+    import torch.nn.functional as F  # noqa: N812
 
     from trainer import distributed, session
     from trainer.config import DataConfig, ModelConfig, TrainConfig, TrainerConfig

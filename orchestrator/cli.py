@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                    standalone_mode=False)  # fmt: skip
     except typer.Abort:
         code = _report(Failure(exits.USAGE, "declined", "nothing was done"), words)
-    except Exception as error:  # noqa: BLE001  the boundary: nothing behind it would show the error
+    except Exception as error:  # the boundary: nothing behind it would show the error
         if debug:
             raise
         code = _report(failure(error), words)
@@ -77,7 +78,7 @@ def own(words: Sequence[str]) -> list[str]:
 def wants_json(words: Sequence[str]) -> bool:
     """Whether the caller asked for JSON, known even where the arguments do not parse."""
     mine = own(words)
-    pairs = zip(mine, mine[1:], strict=False)
+    pairs = itertools.pairwise(mine)
     return (
         not {"--json", "-ojson", "--output=json", "--format=json"}.isdisjoint(mine)
         or any(one in {"-o", "--output", "--format"} and other == "json" for one, other in pairs)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import Usage
+from orchestrator.errors import Invalid, Usage
 from runs import compare
 from runs.store import Store
 
@@ -51,7 +52,9 @@ def entries(store: Store, ask: Ask) -> list[compare.Entry]:
         rows = list(reversed(store.summaries()))
     else:
         rows = [row for run in ask.runs if (row := store.summary(run)) is not None]
-    specs = store.specs([row["run"] for row in rows]) if len(rows) <= WITH_SPECS or _dotted(ask.group_by) else {}
+    specs = (
+        store.specs([row["run"] for row in rows]) if len(rows) <= WITH_SPECS or _dotted(ask.group_by) else {}
+    )
     own = [compare.entry(row, specs.get(row["run"])) for row in rows]
     return [*compare.published(), *own] if ask.published else own
 
@@ -77,8 +80,12 @@ def table(store: Store, ask: Ask) -> Table:
         if sentence:
             noise[loss] = sentence
         best[loss] = good
-    front = [index for loss in ("validation_loss", "test_loss") for index in compare.pareto(ranked, loss=loss)]
-    return Table(ranked, ask.columns, totals=compare.totals(ranked), noise=noise, best=best, front=frozenset(front))
+    front = [
+        index for loss in ("validation_loss", "test_loss") for index in compare.pareto(ranked, loss=loss)
+    ]
+    return Table(
+        ranked, ask.columns, totals=compare.totals(ranked), noise=noise, best=best, front=frozenset(front)
+    )
 
 
 def _check_columns(ask: Ask) -> None:
@@ -107,7 +114,9 @@ def _noise(
             noises[name] = one
     if not noises:
         return "", frozenset()
-    told = ", ".join(f"{one.sigma:.4f} on {name} ({one.source})" for name, one in sorted(noises.items(), key=str))
+    told = ", ".join(
+        f"{one.sigma:.4f} on {name} ({one.source})" for name, one in sorted(noises.items(), key=str)
+    )
     return f"noise (1 sigma) of {loss}: {told}", frozenset(compare.as_good_as_best(rows, loss, noises))
 
 
@@ -122,6 +131,27 @@ def difference(store: Store, ask: Ask) -> list[dict[str, Any]]:
         sigma = known.sigma if known else None
     found = compare.diff(left, right, ask.test_set, sigma)
     return [
-        {"part": item.part, "key": item.key, ask.runs[0]: item.left, ask.runs[1]: item.right, "note": item.note}
+        {
+            "part": item.part,
+            "key": item.key,
+            ask.runs[0]: item.left,
+            ask.runs[1]: item.right,
+            "note": item.note,
+        }
         for item in found
     ]
+
+
+def report(store: Store, runs: list[str] | None, to: Path, *, published: bool) -> dict[str, Any]:
+    """Write the page. Raises Invalid where it cannot be written."""
+    from runs import report as page
+
+    text = page.html(store, runs, published=published)
+    try:
+        to.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise Invalid(
+            f"{to} cannot be written: {error.strerror}", "choose a folder that you can write to"
+        ) from error
+    shown = len(runs) if runs is not None else len(store.runs())
+    return {"path": str(to), "runs": shown, "bytes": len(text.encode())}

@@ -25,7 +25,14 @@ FREE_BYTES = 5e9
 def examine() -> list[Check]:
     """Every check, this machine's first."""
     home = default_home()
-    checks = [_python(), _home(home), _disk(home), _program("ssh", ["-V"]), _program("rsync", ["--version"]), _clock()]
+    checks = [
+        _python(),
+        _home(home),
+        _disk(home),
+        _program("ssh", ["-V"]),
+        _program("rsync", ["--version"]),
+        _clock(),
+    ]
     checks += _extras()
     try:
         store = Store(home)
@@ -39,7 +46,10 @@ def examine() -> list[Check]:
 
 def document(checks: Sequence[Check]) -> list[dict[str, Any]]:
     """As JSON: a list."""
-    return [{"name": item.name, "ok": item.ok, "detail": item.detail, "hint": item.hint or None} for item in checks]
+    return [
+        {"name": item.name, "ok": item.ok, "detail": item.detail, "hint": item.hint or None}
+        for item in checks
+    ]
 
 
 def exit_code(checks: Sequence[Check]) -> int:
@@ -83,8 +93,16 @@ def _program(name: str, arguments: list[str]) -> Check:
     path = shutil.which(name)
     if path is None:
         package = {"ssh": "openssh-client", "rsync": "rsync"}[name]
-        instead = {"ssh": "transfers go through the slower built-in connection", "rsync": "transfers compare content hashes instead"}
-        return Check(name, True, f"not installed: {instead[name]}", f"sudo apt install {package}  (macOS: brew install {name})")
+        instead = {
+            "ssh": "transfers go through the slower built-in connection",
+            "rsync": "transfers compare content hashes instead",
+        }
+        return Check(
+            name,
+            True,
+            f"not installed: {instead[name]}",
+            f"sudo apt install {package}  (macOS: brew install {name})",
+        )
     try:
         told = subprocess.run([path, *arguments], capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -117,20 +135,25 @@ def _extras() -> Iterator[Check]:
 
 
 def _providers(store: Store) -> Iterator[Check]:
-    from orchestrator import inventory
+    from orchestrator import inventory, show
 
-    for name, opened in inventory.open_all(store):
-        if isinstance(opened, CredentialsError):
-            yield Check(f"{name}", True, f"not configured: {opened}", opened.hint)
-        elif isinstance(opened, ProviderError):
-            yield Check(f"{name}", False, str(opened), opened.hint)
+    for seen in inventory.refresh(store):
+        if not seen.configured:
+            yield Check(
+                seen.name, True, f"not configured: {seen.error}", seen.error.hint if seen.error else ""
+            )
+        elif seen.provider is None:
+            yield Check(seen.name, False, str(seen.error), seen.error.hint if seen.error else "")
         else:
             try:
-                yield from opened.check()
-            except CredentialsError as error:
-                yield Check(f"{name} account", False, str(error), error.hint)
+                yield from seen.provider.check()
             except ProviderError as error:
-                yield Check(f"{name}", False, str(error), error.hint)
+                name = f"{seen.name} account" if isinstance(error, CredentialsError) else seen.name
+                yield Check(name, False, str(error), error.hint)
+    for row in show.unowned(store, store.summaries()):
+        node = row["nodes"][0]
+        yield Check("leftovers", False, f"{node['name']} at {row['provider']} belongs to no run here and bills"
+                    f" ${row['usd_per_hour']:,.2f}/h", "llmctl reap")  # fmt: skip
 
 
 def _left(store: Store) -> Iterator[Check]:
@@ -142,6 +165,6 @@ def _left(store: Store) -> Iterator[Check]:
     if not alarms:
         yield Check("leftovers", True, said[0] if said else "no node of this LLMCTL_HOME is left over")
     for text in alarms:
-        yield Check("leftovers", False, text.removeprefix("WARNING: "), "llmctl status --refresh, then llmctl reap")
-
-
+        yield Check(
+            "leftovers", False, text.removeprefix("WARNING: "), "llmctl status --refresh, then llmctl reap"
+        )

@@ -46,7 +46,12 @@ class Rehearsal:
             "bytes_to_send": data.local_bytes if data else None,
             "bytes_the_node_fetches": data.remote_bytes if data else None,
             "files": [
-                {"name": item.node_name, "bytes": item.bytes, "path": str(item.path) if item.path else None, "url": item.url}
+                {
+                    "name": item.node_name,
+                    "bytes": item.bytes,
+                    "path": str(item.path) if item.path else None,
+                    "url": item.url,
+                }
                 for item in (data.shards if data else [])
             ],
         }
@@ -112,8 +117,12 @@ def _launched(run: RunRecord, effect: w.Launch, now: datetime) -> RunRecord:
     from runs.facts import Marker, lease_minutes
     from runs.record import view
 
-    marker = Marker(run=run.run, attempt=effect.attempt, index=effect.index, lease_end=lease_minutes(effect.lease_end))
-    intended = e.LaunchIntended(at=now, key=marker.key, run=run.run, provider=run.provider, marker=marker, offer=effect.offer)
+    marker = Marker(
+        run=run.run, attempt=effect.attempt, index=effect.index, lease_end=lease_minutes(effect.lease_end)
+    )
+    intended = e.LaunchIntended(
+        at=now, key=marker.key, run=run.run, provider=run.provider, marker=marker, offer=effect.offer
+    )
     node = fold_node(fold_node(None, intended), e.LaunchAnswered(at=now, id=REHEARSED))
     return view(run, (*run.nodes, node))
 
@@ -123,7 +132,9 @@ def _request(provider: Provider, launch: w.Launch, run: RunRecord, store: Store 
     from provisioning.base import LaunchRequest
     from runs.facts import Marker, lease_minutes
 
-    marker = Marker(run=run.run, attempt=launch.attempt, index=launch.index, lease_end=lease_minutes(launch.lease_end))
+    marker = Marker(
+        run=run.run, attempt=launch.attempt, index=launch.index, lease_end=lease_minutes(launch.lease_end)
+    )
     request = LaunchRequest(
         marker=marker, offer=launch.offer, owner=store.owner if store else f"(made by the first launch in {default_home()})",
         public_key="(this home's public key)", host_private_key="(made at launch)", host_public_key="(made at launch)",

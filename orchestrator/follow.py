@@ -7,6 +7,7 @@ again; everything else is reading.
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from runs.store import Store, run_dir
 POLL_SECONDS = 0.1
 MAX_STARTS = 5
 """Drivers that a follower starts before it gives up: each of them failed at once."""
-UNCONFIRMED_SECONDS = 300.0
+UNCONFIRMED_SECONDS = 300.0 * float(os.environ.get("LLMCTL_TEST_PACE", "1"))
 """A termination that is not confirmed for this long ends the following, with exit code 8; the driver goes on trying."""
 
 

@@ -41,18 +41,20 @@ def lines(home: Path, rows: Iterable[dict[str, Any]]) -> list[str]:
         said.append(f"{len(meters)} node{'s' if len(meters) != 1 else ''} billing, ${rate:,.2f}/h")
     for row in rows:
         driven = held(driver_lock(run_dir(home, row["run"])))
-        for node in row["nodes"]:
-            if unconfirmed(row, node, driven=driven):
-                said.append(
-                    f"WARNING: {node['name']} ({node['id'] or 'no id yet'}) was asked to end and MAY STILL BE BILLING"
-                    f" ${node['usd_per_hour']:,.2f}/h: nothing has confirmed that it is gone."
-                    f" Try `llmctl stop {row['run']}`, `llmctl reap`, or the provider's console"
-                )
+        said += [_alarm(row, node) for node in row["nodes"] if unconfirmed(row, node, driven=driven)]
         if needs_driver(row) and not driven:
             said.append(
                 f"WARNING: {row['run']} has no driver: nobody watches it. `llmctl resume {row['run']}` starts one"
             )
     return said
+
+
+def _alarm(row: dict[str, Any], node: dict[str, Any]) -> str:
+    return (
+        f"WARNING: {node['name']} ({node['id'] or 'no id yet'}) was asked to end and MAY STILL BE BILLING"
+        f" ${node['usd_per_hour']:,.2f}/h: nothing has confirmed that it is gone."
+        f" Try `llmctl stop {row['run']}`, `llmctl reap`, or the provider's console"
+    )
 
 
 def unconfirmed(row: dict[str, Any], node: dict[str, Any], *, driven: bool) -> bool:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from provisioning.base import Provider
 
 
+NO_KEY = "no-key"
+"""Code of the error of a provider for which there are no credentials at all."""
+
+
 @dataclass(frozen=True)
 class Seen:
     """A provider and what it has now, or why that is not known."""
@@ -61,7 +65,8 @@ def ask(store: Store) -> list[Seen]:
         try:
             result.append(Seen(name, opened, opened.inventory()))
         except ProviderError as error:
-            result.append(Seen(name, opened, None, error))
+            missing = isinstance(error, CredentialsError) and error.code == NO_KEY and name not in used
+            result.append(Seen(name, opened, None, error, configured=not missing))
     return result
 
 

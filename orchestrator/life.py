@@ -16,6 +16,7 @@ from datetime import datetime, timedelta
 
 from orchestrator import terms, verdict
 from orchestrator import world as w
+from orchestrator.pace import backoff, left_until, nearer, sooner
 from runs.facts import ENDED, NodeFacts
 from runs.record import AttemptRecord, NodeRecord, RunRecord
 from trainer.config import parse_duration
@@ -24,10 +25,10 @@ MAX_JOB_FAILURES = 4
 """Tries of a lane before its node is given up."""
 MAX_STARTS = 8
 """Starts of the supervisor on one attempt (it died, the node rebooted) before its node is given up."""
+FRESH = timedelta(minutes=2)
+"""A list that is older says nothing about a node that does not answer."""
 LEASE_RETRY = timedelta(minutes=1)
 """Between tries to tell a provider of a later lease."""
-UNREACHABLE = timedelta(minutes=20)
-"""A node that its provider calls active and that does not answer for this long is dead."""
 
 
 def decide(run: RunRecord, world: w.World, now: datetime) -> w.Effect | w.Wait | w.Done:
@@ -96,7 +97,7 @@ def _terminations(run: RunRecord, world: w.World, now: datetime) -> w.Effect | w
         found = world.shown(node, tried)
         if found is not None and found.status in ENDED:
             return w.DeclareGone(node.key, f"listed as {found.status}")
-        again = tried + _backoff(node.terminate_tries, accepted=node.terminate_accepted_at is not None)
+        again = tried + backoff(world, node.terminate_tries, accepted=node.terminate_accepted_at is not None)
         if now >= again:
             return w.Terminate(node.key, node.terminate_reason or "release")
         asked = world.confirmed_at.get(node.key)
@@ -104,7 +105,7 @@ def _terminations(run: RunRecord, world: w.World, now: datetime) -> w.Effect | w
         if asked is None or asked < tried or now - asked >= poll:
             return w.Confirm(node.key)
         until = min(again, asked + poll)
-        soonest = _sooner(
+        soonest = sooner(
             soonest, w.Wait(max(0.1, (until - now).total_seconds()), f"{node.key} is terminating")
         )
     return soonest
@@ -122,7 +123,7 @@ def _unwanted(run: RunRecord, world: w.World, now: datetime) -> w.Effect | w.Wai
             return w.Terminate(node.key, "no longer kept")
         if node.kept_until is not None:
             left = (node.kept_until - now).total_seconds()
-            return _lost(node, world, now) or _nearer(world.look(now, 60.0, f"{node.key} is kept"), left)
+            return _lost(node, world, now) or nearer(world.look(now, 60.0, f"{node.key} is kept"), left)
     return None
 
 
@@ -182,7 +183,7 @@ def _watch(run: RunRecord, world: w.World, now: datetime) -> w.Effect | w.Wait |
     if not any(node.alive for node in run.attempt_nodes()):
         return None
     silent = any(not contact.reachable for contact in world.contacts.values())
-    return world.look(now, 20.0 if silent else 60.0, run.state)
+    return world.look(now, world.traits.watch_seconds / (3 if silent else 1), run.state)
 
 
 def _illness(
@@ -199,9 +200,13 @@ def _illness(
     if node.ready_at is None:
         boot = timedelta(seconds=parse_duration(run.spec["node"]["boot_timeout"]))
         return "boot-timeout" if now - node.intended_at > boot else None
-    if contact is None or contact.reachable or now - contact.since <= UNREACHABLE:
+    if (
+        contact is None
+        or contact.reachable
+        or (now - contact.since).total_seconds() <= world.traits.unreachable_seconds
+    ):
         return None
-    shown = world.shown(node, contact.since)
+    shown = world.shown(node, now - FRESH)
     return "unreachable" if shown is not None and shown.status == "active" else None
 
 
@@ -279,7 +284,7 @@ def _prepare(
     if job is None or job.state == "done":
         return w.Prepare(node.key)
     if job.state == "failed":
-        left = _left(job.at, job.failures, now)
+        left = left_until(world, job.at, job.failures, now)
         if left <= 0:
             return w.Prepare(node.key)
         return None if ready else w.Wait(left, f"preparing again soon: {job.reason}")
@@ -321,7 +326,7 @@ def _start_again(
     job = world.jobs.get("start")
     if job is not None and job.state == "running":
         return w.Wait(5.0, "starting the trainer")
-    left = _left(attempt.last_start_at, attempt.starts, now)
+    left = left_until(world, attempt.last_start_at, attempt.starts, now)
     return w.StartTrainer(token, end) if left <= 0 else w.Wait(left, "starting the trainer again soon")
 
 
@@ -330,7 +335,7 @@ def _ask_stop(world: w.World, checkpoint: bool, now: datetime) -> w.Effect | w.W
     if job is not None and job.state == "running":
         return w.Wait(5.0, "asking the trainer to stop")
     if world.stop_asked is not None and world.stop_asked[1] == checkpoint:
-        left = _left(world.stop_asked[0], 1, now)
+        left = left_until(world, world.stop_asked[0], 1, now)
         if left > 0:
             return w.Wait(left, "asked the trainer to stop")
     return w.StopTrainer(checkpoint)
@@ -358,7 +363,7 @@ def _collect(
         return _close(run, nodes, reason if here else "out-of-time", now)
     if job is not None and job.state == "running":
         return w.Wait(60.0, "collecting")
-    left = _left(job.at, job.failures, now) if job is not None else 0
+    left = left_until(world, job.at, job.failures, now) if job is not None else 0
     if left > 0:
         return w.Wait(left, f"collecting again soon: {job.reason if job else ''}")
     return w.Collect(steps, finished and terms.large(run, steps))
@@ -377,22 +382,3 @@ def _close(run: RunRecord, nodes: list[NodeRecord], reason: str, now: datetime) 
     if all(node.settled or node.kept for node in nodes):
         return w.EndAttempt(reason)
     return None
-
-
-def _backoff(tries: int, *, accepted: bool = False) -> timedelta:
-    """5, 10, 20, 40 and then 60 s between tries; a minute where the request was accepted and only the end is awaited."""
-    return timedelta(seconds=60 if accepted else min(60, 5 * 2 ** max(0, tries - 1)))
-
-
-def _left(since: datetime | None, tries: int, now: datetime) -> float:
-    """Seconds until the next of several tries."""
-    return (since + _backoff(tries) - now).total_seconds() if since is not None else 0.0
-
-
-def _nearer(answer: w.Effect | w.Wait, seconds: float) -> w.Effect | w.Wait:
-    """A wait of at most `seconds`."""
-    return w.Wait(min(answer.seconds, seconds), answer.why) if isinstance(answer, w.Wait) else answer
-
-
-def _sooner(one: w.Wait | None, other: w.Wait) -> w.Wait:
-    return other if one is None or other.seconds < one.seconds else one

@@ -74,7 +74,9 @@ def _for_spec(store: Store, spec: Any, *, gpu: str | None, everything: bool) -> 
     from runs import predict
 
     provider = planning.provider_of(spec, store)
-    found = provider.offers({"gpu": gpu} if gpu else {} if provider.traits.rented else planning.hardware(spec))
+    found = provider.offers(
+        {"gpu": gpu} if gpu else {} if provider.traits.rented else planning.hardware(spec)
+    )
     data, _ = planning.data_plan(spec, store.home)
     sent, evidence = planning.transfer(data, provider.traits.rented), planning.history(store, provider.name)
     usable = {offer.instance_type for offer in planning.distinct(spec, found)}
@@ -83,13 +85,17 @@ def _for_spec(store: Store, spec: Any, *, gpu: str | None, everything: bool) -> 
         if line.offer.instance_type in usable
     }  # fmt: skip
     ranked = predict.rank([predict.predict(spec, line.offer, evidence, sent) for line in lines.values()])
-    return Listing(tuple(Line(item.offer, lines[item.offer.instance_type].regions, item) for item in ranked), {})
+    return Listing(
+        tuple(Line(item.offer, lines[item.offer.instance_type].regions, item) for item in ranked), {}
+    )
 
 
 def _lines(offers: list[Offer], *, everything: bool) -> list[Line]:
     grouped: dict[tuple[str, str, int], list[Offer]] = {}
     for offer in offers:
-        grouped.setdefault((offer.provider, offer.instance_type, offer.tariff.micro_usd_per_hour), []).append(offer)
+        grouped.setdefault((offer.provider, offer.instance_type, offer.tariff.micro_usd_per_hour), []).append(
+            offer
+        )
     lines = []
     for group in grouped.values():
         free = tuple(sorted({offer.region for offer in group if offer.available}))

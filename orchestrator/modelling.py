@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator import render
-from orchestrator.errors import Invalid, Usage
+from orchestrator.errors import Invalid, Unverified, Usage
 from orchestrator.figures import number
 from runs.store import Store
 
@@ -55,7 +55,9 @@ def need_torch() -> None:
     missing = [name for name in ("torch", "numpy", "safetensors") if find_spec(name) is None]
     if missing:
         raise Invalid(
-            f"this needs {', '.join(missing)} on this machine", "pip install 'llmctl[trainer]'", code="no-extra"
+            f"this needs {', '.join(missing)} on this machine",
+            "pip install 'llmctl[trainer]'",
+            code="no-extra",
         )
 
 
@@ -65,7 +67,10 @@ def find(store: Store, word: str, which: str) -> Found:
     if path.is_dir() and (path / "config.json").exists():
         return _of_path(path)
     if "/" in word or path.exists():
-        raise Invalid(f"{word} is no folder of a checkpoint: it has no config.json", "name a run, or a step-NNNNNN folder")
+        raise Invalid(
+            f"{word} is no folder of a checkpoint: it has no config.json",
+            "name a run, or a step-NNNNNN folder",
+        )
     from orchestrator import fetch
     from orchestrator.commands.common import find_record
 
@@ -86,7 +91,9 @@ def _of_path(path: Path) -> Found:
         raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
         tokenizer = str(raw["data"]["tokenizer"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Invalid(f"{path / 'config.json'} cannot be read: {error}", "name the folder of a checkpoint") from error
+        raise Invalid(
+            f"{path / 'config.json'} cannot be read: {error}", "name the folder of a checkpoint"
+        ) from error
     return Found(path, None, manifest.step_of(path.resolve().name), tokenizer)
 
 
@@ -105,7 +112,9 @@ def sample(found: Found, prompt: str | None, how: How) -> dict[str, Any]:
         drawn = list(generate(model, ids, max_tokens=how.tokens, temperature=how.temperature, top_k=how.top_k,
                               top_p=how.top_p, seed=how.seed))  # fmt: skip
     except ValueError as error:
-        raise Usage(f"the prompt does not suit the model: {error}", f"its tokenizer is {found.tokenizer!r}") from error
+        raise Usage(
+            f"the prompt does not suit the model: {error}", f"its tokenizer is {found.tokenizer!r}"
+        ) from error
     text = sources.decode(found.tokenizer, drawn)
     return {"run": found.run, "path": str(found.path), "step": found.step, "prompt": chosen, "text": text,
             "tokens": len(drawn), "seed": how.seed, "temperature": how.temperature}  # fmt: skip
@@ -132,7 +141,10 @@ def test_sets(
         return [name]
     if not found.test_sets:
         raise Usage(f"{found.label} names no test set", "give --test-set NAME or --data SHARD")
-    return [item if isinstance(item, str) else from_dict(TestSet, dict(item), "test_sets.") for item in found.test_sets]
+    return [
+        item if isinstance(item, str) else from_dict(TestSet, dict(item), "test_sets.")
+        for item in found.test_sets
+    ]
 
 
 def evaluate(home: Path, found: Found, sets: Sequence[TestSet | str], *, device: str) -> list[dict[str, Any]]:
@@ -154,7 +166,9 @@ def evaluate(home: Path, found: Found, sets: Sequence[TestSet | str], *, device:
         asked = item.test_set
         loss = evaluate_checkpoint(found.path, paths, offset=asked.offset, tokens=asked.tokens, device=device)
         bits = loss.loss * loss.tokens / math.log(2) / asked.bytes if asked.bytes else None
-        results.append({"test_set": asked.name, "loss": loss.loss, "tokens": loss.tokens, "bits_per_byte": bits})
+        results.append(
+            {"test_set": asked.name, "loss": loss.loss, "tokens": loss.tokens, "bits_per_byte": bits}
+        )
     return results
 
 
@@ -166,15 +180,24 @@ def _here(home: Path, shard: Shard) -> Path:
     from trainer import pull
 
     path = home / "cache" / "shards" / shard.node_name
-    path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        pull.fetch(sources.pull_item(shard, str(path)))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        wish = path.with_suffix(".pull.json")
+        wish.write_text(json.dumps({"files": [sources.pull_item(shard, str(path))]}), encoding="utf-8")
+        said: list[str] = []
+        items, told = pull.read_manifest(wish), lambda **words: said.append(str(words.get("error", "")))
+        failed = pull.Pull(items, pull.WORKERS, pull.CHUNK_BYTES, 30, told).run()
+        wish.unlink()
+        if failed:
+            raise Unverified(
+                f"{shard.source} could not be fetched: {'; '.join(filter(None, said))}", "try again"
+            )
     return path
 
 
 def say_losses(results: Sequence[dict[str, Any]]) -> None:
     """One line a test set."""
     for item in results:
-        render.line(f"{item['test_set']}: {number(item['loss'])} nats per token over {item['tokens']:,} tokens")
-
-
+        render.line(
+            f"{item['test_set']}: {number(item['loss'])} nats per token over {item['tokens']:,} tokens"
+        )

@@ -66,13 +66,19 @@ class Plan:
         if self.chosen is None:
             return [f"no offer of {self.spec.hardware.provider} fits the spec's hardware section"]
         offer, told = self.chosen.offer, self.chosen
-        where = f"{offer.instance_type} in {offer.region}" if self.rented else f"{offer.instance_type} ({offer.description})"
+        where = (
+            f"{offer.instance_type} in {offer.region}"
+            if self.rented
+            else f"{offer.instance_type} ({offer.description})"
+        )
         nodes = f"{self.nodes} × " if self.nodes > 1 else ""
-        lines = [f"plan: {nodes}{where} at {dollars(offer.usd_per_hour * self.nodes)}/h; {count(told.parameters)} parameters, "
-                 f"{count(self.spec.tokens)} tokens in {self.spec.steps} steps"]  # fmt: skip
+        size = f"{count(told.parameters)} parameters, {count(self.spec.tokens)} tokens in {self.spec.steps} steps"
+        lines = [f"plan: {nodes}{where} at {dollars(offer.usd_per_hour * self.nodes)}/h; {size}"]
         if told.hours is not None:
             error = f" ± {told.error:.0%}" if told.error is not None else ""
-            lines.append(f"predicted: {duration(told.hours * 3600)} and {dollars(told.cost_usd)}{error}, from {told.basis}")
+            lines.append(
+                f"predicted: {duration(told.hours * 3600)} and {dollars(told.cost_usd)}{error}, from {told.basis}"
+            )
         return lines + [f"warning: {text}" for text in self.warnings]
 
     def document(self) -> dict[str, Any]:
@@ -80,7 +86,10 @@ class Plan:
         chosen = self.chosen
         return {
             "offer": offer_document(chosen.offer, self.nodes) if chosen else None,
-            "alternatives": [{**offer_document(item.offer, self.nodes), "predicted": item.document()} for item in self.others],
+            "alternatives": [
+                {**offer_document(item.offer, self.nodes), "predicted": item.document()}
+                for item in self.others
+            ],
             "predicted": chosen.document() if chosen else None,
             "max_usd": self.max_usd,
             "max_hours": self.max_hours,
@@ -159,7 +168,9 @@ def data_plan(spec: RunSpec, home: Path) -> tuple[DataPlan | None, list[str]]:
 
     try:
         with bar() as progress:
-            data = sources.resolve_spec(spec.trainer_config(), cache=home / "cache", pinned=False, progress=progress)
+            data = sources.resolve_spec(
+                spec.trainer_config(), cache=home / "cache", pinned=False, progress=progress
+            )
     except Offline as error:
         return None, [f"the data could not be looked at: {error}"]
     return data, list(data.warnings)
@@ -183,7 +194,9 @@ def make(store: Store | None, spec: RunSpec, limits: Limits | None = None) -> Pl
     everything = [*wanted, *(provider.offers({}) if provider.traits.rented else [])]
     others = [predict.predict(spec, offer, evidence, sent) for offer in distinct(spec, everything, choice)]
     limit = limits.max_usd if limits and limits.max_usd is not None else spec.budget.max_usd
-    verdict = predict.verdict(chosen, limit, spec.budget.max_hours) if chosen else predict.Verdict(refused=True)
+    verdict = (
+        predict.verdict(chosen, limit, spec.budget.max_hours) if chosen else predict.Verdict(refused=True)
+    )
     said = (*warnings, *_warnings(chosen), *verdict.reasons)
     return Plan(spec, provider.traits.rented, chosen, tuple(predict.rank(others)), verdict, limit, spec.budget.max_hours,
                 data, said)  # fmt: skip
@@ -210,7 +223,9 @@ def transfer(data: DataPlan | None, rented: bool) -> Transfer:
 
     if data is None:
         return Transfer() if rented else Transfer(bytes_per_second=200e6)
-    first = sum(item.bytes or 0 for item in data.shards if item.node_name in data.first and item.path is not None)
+    first = sum(
+        item.bytes or 0 for item in data.shards if item.node_name in data.first and item.path is not None
+    )
     # To a node on this machine or in this room bytes cost next to nothing; 20 Mbit/s is a home's uplink.
     return Transfer(data.local_bytes, first, 2.5e6 if rented else 200e6)
 

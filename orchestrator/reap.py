@@ -85,7 +85,15 @@ class Found:
         }
 
 
-def orphan(facts: NodeFacts, owner: str, now: datetime, run: RunRecord | None, node: NodeRecord | None, *, foreign: bool) -> str | None:
+def orphan(
+    facts: NodeFacts,
+    owner: str,
+    now: datetime,
+    run: RunRecord | None,
+    node: NodeRecord | None,
+    *,
+    foreign: bool,
+) -> str | None:
     """Why a node should be ended, or None. Pure.
 
     Of this owner: a node that no live run has and that is not kept on purpose. Of anyone: an llmctl node past its lease.
@@ -139,9 +147,8 @@ def end(store: Store, clock: Clock, found: Found, *, patience: float = CONFIRM_S
     gone: list[Orphan] = []
     never = threading.Event()
     while waiting:
-        for item in list(waiting.values()):
-            if _gone(store, opened[item.provider], clock, item):
-                gone.append(waiting.pop(item.facts.id))
+        ended = [item for item in waiting.values() if _gone(store, opened[item.provider], clock, item)]
+        gone += [waiting.pop(item.facts.id) for item in ended]
         left = started + patience - clock.monotonic()
         if not waiting or left <= 0:
             break

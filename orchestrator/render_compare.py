@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from orchestrator import render
-from orchestrator.figures import NONE, count, dollars, hours, number, percent, sane
+from orchestrator.figures import NONE, count, dollars, hours, number, percent, sane, size
 from orchestrator.render import Column
 from runs import compare
 
@@ -74,7 +74,9 @@ def _keys(table: Table, *, short: bool) -> list[str]:
     if table.columns:
         return table.columns
     if table.grouped:
-        return [key for key in (table.rows[0] if table.rows else {}) if not short or not _blank(table.rows, key)]
+        return [
+            key for key in (table.rows[0] if table.rows else {}) if not short or not _blank(table.rows, key)
+        ]
     return list(_DEFAULT if short else compare.COLUMNS)
 
 
@@ -88,7 +90,8 @@ def _table(table: Table) -> None:
         Column(
             _SHORT.get(key, key.upper()),
             _marked(table, key, marks),
-            right=not (key in {"run", "state", "gpu", "validation_set", "test_set", "name", "source", "started"}),
+            right=key
+            not in {"run", "state", "gpu", "validation_set", "test_set", "name", "source", "started"},
             keep=9 if table.columns or (table.grouped and index < 2) else _KEEP.get(key, 2),
             style=render.state_style if key == "state" else None,
         )
@@ -146,7 +149,13 @@ def _markdown(table: Table) -> None:
     lines = ["| " + " | ".join(keys) + " |", "|" + "|".join(" --- " for _ in keys) + "|"]
     for row in table.rows:
         values = [row.get(key) if key != "run" or row.get(key) else row.get("name") for key in keys]
-        lines.append("| " + " | ".join(sane(cell(key, value)).replace("|", "\\|") for key, value in zip(keys, values, strict=True)) + " |")
+        lines.append(
+            "| "
+            + " | ".join(
+                sane(cell(key, value)).replace("|", "\\|") for key, value in zip(keys, values, strict=True)
+            )
+            + " |"
+        )
     sys.stdout.write("\n".join(lines) + "\n")
 
 
@@ -156,7 +165,8 @@ def _html(table: Table) -> None:
     keys = _keys(table, short=False)
     head = "".join(f"<th>{escape(key)}</th>" for key in keys)
     body = "\n".join(
-        "<tr>" + "".join(f"<td>{escape(sane(cell(key, row.get(key))))}</td>" for key in keys) + "</tr>" for row in table.rows
+        "<tr>" + "".join(f"<td>{escape(sane(cell(key, row.get(key))))}</td>" for key in keys) + "</tr>"
+        for row in table.rows
     )
     sys.stdout.write(f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>\n")
 
@@ -182,3 +192,8 @@ def difference(items: Sequence[dict[str, Any]]) -> None:
 
 def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (str, int, float)) else str(value)
+
+
+def written(document: dict[str, Any]) -> None:
+    """Where a report is."""
+    render.line(f"{document['path']}: {document['runs']} runs, {size(document['bytes'])}; it opens offline")

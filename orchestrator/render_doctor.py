@@ -21,7 +21,9 @@ def checks(found: Sequence[Check]) -> None:
         mark, style = ("ok  ", "green") if item.ok else ("FAIL", "bold red")
         render.line(f"{mark}  {item.name}: {item.detail}", style="" if item.ok else style)
         if item.hint:
-            render.line(f"      {'try' if not item.ok else 'could'}: {item.hint}", style="dim" if item.ok else "")
+            render.line(
+                f"      {'try' if not item.ok else 'could'}: {item.hint}", style="dim" if item.ok else ""
+            )
     bad = sum(not item.ok for item in found)
     render.line(f"\n{bad} fault{'s' if bad != 1 else ''} found." if bad else "\nEverything needed is there.")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from orchestrator import follow
@@ -138,7 +138,7 @@ def describe(body: dict[str, Any]) -> str:
         )
     if kind == "TerminateAnswered":
         return "termination accepted" if body["accepted"] else f"termination refused: {body['message']}"
-    words = {
+    words: dict[str, Callable[[], str]] = {
         "LaunchIntended": lambda: f"asking for {body['key']}",
         "LaunchAnswered": lambda: f"the provider answers: node {body['id']}",
         "LaunchFound": lambda: f"found node {body['id']}",

@@ -41,7 +41,9 @@ def plan(made: Plan) -> None:
 
 def _model(made: Plan, told: Prediction) -> None:
     spec = made.spec
-    render.line(f"model       {count(told.parameters)} parameters, {count(told.flops_per_token)} FLOPs per token = {flops.FORMULA}")
+    render.line(
+        f"model       {count(told.parameters)} parameters, {count(told.flops_per_token)} FLOPs per token = {flops.FORMULA}"
+    )
     render.line(f"training    {spec.steps} steps of {spec.train.global_batch_size} × {spec.model.context_length} tokens"
                 f" = {count(spec.tokens)} tokens")  # fmt: skip
     if made.data is not None:
@@ -58,7 +60,9 @@ def _model(made: Plan, told: Prediction) -> None:
 def _memory(told: Prediction) -> None:
     if told.memory_gib is None:
         return
-    parts = ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in told.memory_parts_gib.items())
+    parts = ", ".join(
+        f"{name.replace('_', ' ')} {value:.2f}" for name, value in told.memory_parts_gib.items()
+    )
     fits = {True: "fits", False: "DOES NOT FIT", None: "the GPU's memory is not known"}[told.fits]
     micro = f", microbatch {told.microbatch_size}" if told.microbatch_size else ""
     render.line(f"memory      {told.memory_gib:.2f} GiB a process ({fits}{micro}): {parts}")
@@ -79,7 +83,12 @@ def _phases(told: Prediction) -> None:
 
 _OFFERS = (
     Column("TYPE", lambda item: item.offer.instance_type, right=False, keep=9),
-    Column("GPUS", lambda item: f"{item.offer.gpus} × {item.offer.gpu}" if item.offer.gpu else NONE, right=False, keep=7),
+    Column(
+        "GPUS",
+        lambda item: f"{item.offer.gpus} × {item.offer.gpu}" if item.offer.gpu else NONE,
+        right=False,
+        keep=7,
+    ),
     Column("$/H", lambda item: dollars(item.offer.usd_per_hour), keep=6),
     Column("HOURS", lambda item: duration(item.hours * 3600) if item.hours is not None else NONE, keep=8),
     Column("COST", lambda item: dollars(item.cost_usd), keep=9),
@@ -101,21 +110,26 @@ def offers(found: Listing) -> None:
     columns = (
         Column("TYPE", lambda line: line.offer.instance_type, right=False, keep=9),
         Column("AT", lambda line: line.offer.provider, right=False, keep=6),
-        Column("GPUS", lambda line: f"{line.offer.gpus} × {line.offer.gpu}" if line.offer.gpu else NONE, right=False, keep=7),
+        Column(
+            "GPUS",
+            lambda line: f"{line.offer.gpus} × {line.offer.gpu}" if line.offer.gpu else NONE,
+            right=False,
+            keep=7,
+        ),
         Column("$/H", lambda line: dollars(line.offer.usd_per_hour), keep=9),
-        Column("$/GPU-H", lambda line: _per_gpu(line), keep=8),
+        Column("$/GPU-H", _per_gpu, keep=8),
         *(_PREDICTED if predicted else ()),
         Column("REGIONS", lambda line: ", ".join(line.regions) or "sold out", right=False, keep=3),
     )
     render.table(columns, found.lines)
 
 
-def _per_gpu(line: Line) -> str:
-    return dollars(line.offer.usd_per_hour / line.offer.gpus) if line.offer.gpus else NONE
-
-
 _PREDICTED = (
-    Column("HOURS", lambda line: duration(line.predicted.hours * 3600) if line.predicted.hours is not None else NONE, keep=7),
+    Column(
+        "HOURS",
+        lambda line: duration(line.predicted.hours * 3600) if line.predicted.hours is not None else NONE,
+        keep=7,
+    ),
     Column("COST", lambda line: dollars(line.predicted.cost_usd), keep=9),
     Column("FITS", lambda line: {True: "yes", False: "no", None: "?"}[line.predicted.fits], keep=6),
 )
@@ -133,3 +147,7 @@ def rehearsal(made: Rehearsal) -> None:
         render.heading("REQUEST")
         render.line(json.dumps(made.request, indent=2, default=str))
     render.line("\nNothing was created and nothing was rented.")
+
+
+def _per_gpu(line: Line) -> str:
+    return dollars(line.offer.usd_per_hour / line.offer.gpus) if line.offer.gpus else NONE

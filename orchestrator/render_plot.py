@@ -65,11 +65,11 @@ def chart(items: Sequence[Drawn], title: str) -> None:
     figure.theme("simple" if colour else "colorless")
     figure.plot_size(min(render.width(), 160), 20)
     figure.title(title)
-    figure.legend(False)  # noqa: FBT003  the library's word
+    figure.legend(False)
     for index, item in enumerate(items):
         signal = figure.signal(list(item.xs), list(item.ys), marker=LETTERS[index % len(LETTERS)])
         if item.line:
-            signal.lines(True)  # noqa: FBT003
+            signal.lines(True)
         figure.draw(signal)
     text = str(figure.build())
     sys.stdout.write((text if colour else plotext.uncolorize(text)).rstrip("\n") + "\n")

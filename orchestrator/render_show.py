@@ -72,7 +72,11 @@ def money(run: RunRecord, now: datetime) -> str:
     cost = dollars(totals.micro_usd / MICRO)
     bound = "" if totals.final else " so far, an upper bound until the end of its nodes is confirmed"
     text = f"cost {cost}{bound}; billed {duration(totals.billed_seconds)}, training {duration(totals.training_seconds)}"
-    return f"{text}, overhead {percent(totals.overhead_fraction)}" if totals.overhead_fraction is not None else text
+    return (
+        f"{text}, overhead {percent(totals.overhead_fraction)}"
+        if totals.overhead_fraction is not None
+        else text
+    )
 
 
 def _attempts(attempts: Sequence[dict[str, Any]]) -> None:
@@ -188,7 +192,9 @@ def _phases(run: RunRecord, now: datetime) -> None:
         Column("PHASE", lambda item: item[0], right=False, keep=9),
         Column("TIME", lambda item: duration(totals.seconds_by_phase.get(item[0])), keep=9),
         Column("COST", lambda item: dollars(item[1] / MICRO), keep=9),
-        Column("SHARE", lambda item: percent(item[1] / totals.micro_usd) if totals.micro_usd else NONE, keep=8),
+        Column(
+            "SHARE", lambda item: percent(item[1] / totals.micro_usd) if totals.micro_usd else NONE, keep=8
+        ),
     )
     render.table(columns, rows)
 
@@ -204,7 +210,9 @@ def _checkpoints(items: Sequence[dict[str, Any]]) -> None:
         Column("CHECKPOINT", lambda item: str(item["step"]) + (" best" if item["best"] else ""), keep=9),
         Column("SIZE", lambda item: size(item["bytes"]), keep=6),
         Column("SHA256", lambda item: item["sha256"][:12], right=False, keep=3),
-        Column("HERE", lambda item: "yes" if item["fetched"] else "weights" if item["path"] else "no", keep=8),
+        Column(
+            "HERE", lambda item: "yes" if item["fetched"] else "weights" if item["path"] else "no", keep=8
+        ),
         Column("PATH", lambda item: item["path"] or "", right=False, keep=2),
     )
     render.table(columns, items)
@@ -224,7 +232,9 @@ def _events(items: Sequence[dict[str, Any]]) -> None:
         return
     told = [item for item in items if item["kind"] not in {"ProgressSeen", "NodeObserved"}]
     render.line()
-    render.heading("EVENTS" + (f" (the last {EVENTS_SHOWN} of {len(told)})" if len(told) > EVENTS_SHOWN else ""))
+    render.heading(
+        "EVENTS" + (f" (the last {EVENTS_SHOWN} of {len(told)})" if len(told) > EVENTS_SHOWN else "")
+    )
     for item in told[-EVENTS_SHOWN:]:
         render.line(f"{item['at'][:19].replace('T', ' ')}  {describe(item)}")
 
@@ -248,7 +258,11 @@ def ending(run: RunRecord, now: datetime) -> None:
 
 def alarm(run: RunRecord) -> str:
     """Which nodes nobody has confirmed to be gone."""
-    names = [f"{node.marker.name} ({node.id or 'no id'})" for node in run.nodes if not node.settled and not node.kept]
+    names = [
+        f"{node.marker.name} ({node.id or 'no id'})"
+        for node in run.nodes
+        if not node.settled and not node.kept
+    ]
     return (
         f"WARNING: MAY STILL BE BILLING: {', '.join(names)}. The provider does not confirm that it is gone; the driver goes on"
         f" trying. Look with `llmctl status --refresh`, end it with `llmctl reap`, or in the provider's console"

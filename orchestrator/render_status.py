@@ -9,6 +9,13 @@ from orchestrator import render
 from orchestrator.figures import NONE, count, dollars, duration, number
 from orchestrator.render import Column
 
+
+def _reason(row: dict[str, Any]) -> str:
+    if row["run"] is None:
+        return "no run of this LLMCTL_HOME has it: `llmctl reap`"
+    return str(row["reason"] or "")[:80]
+
+
 RUNS = (
     Column("RUN", lambda row: row["run"] or "(none)", right=False, keep=9),
     Column("STATE", lambda row: row["state"] or "unowned", right=False, keep=9, style=render.state_style),
@@ -20,7 +27,7 @@ RUNS = (
     Column("$/H", lambda row: dollars(row["usd_per_hour"]) if row["usd_per_hour"] else NONE, keep=6),
     Column("ETA", lambda row: duration(row["eta_seconds"]), keep=6),
     Column("ON", lambda row: row["instance_type"] or row["provider"] or NONE, right=False, keep=3),
-    Column("REASON", lambda row: _reason(row), right=False, keep=2),
+    Column("REASON", _reason, right=False, keep=2),
 )
 NODES = (
     Column("NODE", lambda node: node["name"], right=False, keep=9),
@@ -30,12 +37,6 @@ NODES = (
     Column("$/H", lambda node: dollars(node["usd_per_hour"]), keep=8),
     Column("RUN", lambda node: node["run"] or "(no run)", right=False, keep=5),
 )
-
-
-def _reason(row: dict[str, Any]) -> str:
-    if row["run"] is None:
-        return "no run of this LLMCTL_HOME has it: `llmctl reap`"
-    return str(row["reason"] or "")[:80]
 
 
 def status(rows: Sequence[dict[str, Any]], *, age_seconds: float | None) -> None:

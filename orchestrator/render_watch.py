@@ -33,7 +33,11 @@ def watch(store: Store, run: str | None, clock: Clock | None = None) -> None:
 
 def _rows(store: Store, run: str | None) -> list[dict[str, Any]]:
     rows = show.status(store, run)
-    live = [row for row in rows if row["run"] is None or row["state"] in LIVE or any(node["billing"] for node in row["nodes"])]
+    live = [
+        row
+        for row in rows
+        if row["run"] is None or row["state"] in LIVE or any(node["billing"] for node in row["nodes"])
+    ]
     return rows if run is not None else (live or rows)[:SHOWN]
 
 

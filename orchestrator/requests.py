@@ -79,7 +79,7 @@ def as_yaml(values: dict[str, object]) -> str:
     from ruamel.yaml import YAML
 
     yaml, text = YAML(typ="safe", pure=True), io.StringIO()
-    yaml.default_flow_style, yaml.sort_base_mapping_type_on_output = False, False  # type: ignore[assignment]
+    yaml.default_flow_style, yaml.sort_base_mapping_type_on_output = False, False
     yaml.dump(values, text)
     return text.getvalue()
 

@@ -45,10 +45,10 @@ def _verdict(run: RunRecord, now: datetime) -> w.EndRun | None:
         return w.EndRun("stopped", run.stop.reason if run.stop else spent or "budget")
     if run.cancelled:
         return w.EndRun("stopped", "cancelled")
-    if last in {"trainer-stopped", "trainer-deadline"}:
-        return w.EndRun("stopped", "deadline" if last == "trainer-deadline" else "stopped on the node")
     if since and (since[-1].fatal is not None or last in {"failed", "trainer-failed", "refused", "host-key"}):
         return w.EndRun("failed", _failure(run, since[-1]))
+    if last in {"trainer-stopped", "trainer-deadline"}:
+        return w.EndRun("stopped", "deadline" if last == "trainer-deadline" else "stopped on the node")
     if _spoiled(since):
         return w.EndRun("failed", _failure(run, since[-1]))
     if last in _REPLACE:

@@ -78,6 +78,12 @@ class Traits:
     boot_poll_seconds: float = 10
     terminate_poll_seconds: float = 5
     capacity_poll_seconds: float = 60
+    watch_seconds: float = 60
+    """Between looks at a node that does its work."""
+    retry_seconds: float = 5
+    """Before the second try of something that failed; twice as long before each further one, up to a minute."""
+    unreachable_seconds: float = 1200
+    """A node that its provider calls active and that does not answer for this long is dead."""
     lease_on_node: bool = False
     """The node ends itself when its lease ends, without this machine."""
     host_key: str = "injected"

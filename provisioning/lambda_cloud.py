@@ -102,6 +102,9 @@ class LambdaCloud:
             boot_poll_seconds=10 * pace,
             terminate_poll_seconds=5 * pace,
             capacity_poll_seconds=60 * pace,
+            watch_seconds=60 * pace,
+            retry_seconds=5 * pace,
+            unreachable_seconds=1200 * pace,
             lease_on_node=bool(hardware.get("self_terminate")),
         )
 

@@ -22,7 +22,7 @@ class Cli:
 
     def __init__(self, home: Path, env: Mapping[str, str] | None = None) -> None:
         self.home = home
-        keep = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
+        keep = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR", "PYTHONPATH") if name in os.environ}
         # A HOME of its own: the user's keys, caches and settings are neither read nor touched.
         (home / "user").mkdir(parents=True, exist_ok=True)
         self.env = {**keep, "HOME": str(home / "user"), "LLMCTL_HOME": str(home), "NO_COLOR": "1", **(env or {})}

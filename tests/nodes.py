@@ -171,6 +171,7 @@ class Proxy:
         self._loop = asyncio.new_event_loop()
         self._flowing = asyncio.Event()
         self._writers: set[asyncio.StreamWriter] = set()
+        self._carrying: set[asyncio.Future[None]] = set()
         self.connections = 0
         self.bytes = 0
         """Carried so far, both ways."""
@@ -183,9 +184,14 @@ class Proxy:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.cut()
-        self._loop.call_soon_threadsafe(self._over.set)
-        self._thread.join()
+        self.close()
+
+    def close(self) -> None:
+        """Cut everything and listen no more."""
+        if self._thread.is_alive():
+            self.cut()
+            self._call(self._over.set)
+            self._thread.join()
 
     def stall(self) -> None:
         self._call(self._flowing.clear)
@@ -222,10 +228,9 @@ class Proxy:
         ready.set()
         await self._over.wait()
         server.close()
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        self._reset()
+        self._flowing.set()
+        await asyncio.gather(*self._carrying, return_exceptions=True)
 
     async def _accept(self, near: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
         self.connections += 1
@@ -237,7 +242,13 @@ class Proxy:
         for writer in (back, forth):
             writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._writers |= {back, forth}
-        await asyncio.gather(self._carry(near, forth), self._carry(far, back))
+        tasks = {
+            asyncio.ensure_future(self._carry(near, forth)),
+            asyncio.ensure_future(self._carry(far, back)),
+        }
+        self._carrying |= tasks
+        await asyncio.wait(tasks)
+        self._carrying -= tasks
         self._writers -= {back, forth}
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,16 +99,23 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout and nothing else")
+    parser.add_argument(
+        "--sweep", action="store_true", help="map speed and memory by microbatch and context length"
+    )
     options = parser.parse_args(argv)
     try:
         config = configuration.load(options.config)
         with distributed.world(config.train) as here, tempfile.TemporaryDirectory() as directory:
-            document = bench(config, here, Path(directory), steps=options.steps)
+            if options.sweep:
+                rows = sweep(config, here, Path(directory), steps=options.steps)
+                document: Any = {"sweep": rows}
+            else:
+                document = bench(config, here, Path(directory), steps=options.steps)
     except ConfigError as error:
         sys.stderr.write(f"trainer: {error}\n")
         return 3
     if here.rank == 0:
-        sys.stdout.write(json.dumps(document) + "\n" if options.json else _table(document))
+        sys.stdout.write(json.dumps(document) + "\n" if options.json else _text(document))
     return 0
 
 
@@ -138,6 +145,53 @@ def bench(config: TrainerConfig, here: World, directory: Path, *, steps: int) ->
         "predicted_memory_gib": flops.memory_gib(config.model, config.train, size, here.size),
         "torch": torch.__version__,
     }
+
+
+def sweep(config: TrainerConfig, here: World, directory: Path, *, steps: int) -> list[dict[str, Any]]:
+    """Speed and peak memory of every microbatch candidate at the context length and its halves, one microbatch a step;
+    where memory runs out the row says so. Peak memory on a CPU is that of the process so far, so it never falls."""
+    set_up_process(config)
+    rows: list[dict[str, Any]] = []
+    for context in (
+        config.model.context_length,
+        config.model.context_length // 2,
+        config.model.context_length // 4,
+    ):
+        if context < 1:
+            continue
+        for size in sorted(microbatch.candidates(config, here.size)):
+            one = replace(
+                config,
+                model=replace(config.model, context_length=context),
+                train=replace(config.train, global_batch_size=size * here.size, microbatch_size=size),
+            )
+            row: dict[str, Any] = {"context_length": context, "microbatch_size": size}
+            row["predicted_memory_gib"] = flops.memory_gib(one.model, one.train, size, here.size)
+            try:
+                reader = synthetic(one, directory, one.train.global_batch_size)
+                found = measure(one, here, reader, microbatch_size=size, steps=steps)
+                row |= {
+                    "tokens_per_second": found.tokens_per_second,
+                    "mfu": found.mfu,
+                    "peak_memory_gib": found.peak_memory_gib,
+                }
+            except torch.OutOfMemoryError:
+                row |= {"tokens_per_second": None, "mfu": None, "peak_memory_gib": None}
+            rows.append(row)
+    return rows
+
+
+def _text(document: dict[str, Any]) -> str:
+    if "sweep" not in document:
+        return _table(document)
+    lines = [f"{'context':>8} {'microbatch':>10} {'tok/s':>12} {'peak GiB':>9} {'predicted':>9}\n"]
+    for row in document["sweep"]:
+        speed = "out of memory" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:,.0f}"
+        peak = "" if row["peak_memory_gib"] is None else f"{row['peak_memory_gib']:.2f}"
+        lines.append(
+            f"{row['context_length']:>8} {row['microbatch_size']:>10} {speed:>12} {peak:>9} {row['predicted_memory_gib']:>9.2f}\n"
+        )
+    return "".join(lines)
 
 
 def _table(document: dict[str, Any]) -> str:

@@ -46,22 +46,36 @@ def complete_recipe(incomplete: str) -> list[str]:
 
 
 OUTPUT = "Output"
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, and nothing else.", rich_help_panel=OUTPUT)]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="One JSON document on stdout, and nothing else.", rich_help_panel=OUTPUT),
+]
 Output = Annotated[
-    Form, typer.Option("-o", "--output", help="text, or json: the same as --json.", rich_help_panel=OUTPUT, show_default=False)
+    Form,
+    typer.Option(
+        "-o",
+        "--output",
+        help="text, or json: the same as --json.",
+        rich_help_panel=OUTPUT,
+        show_default=False,
+    ),
 ]
 Run = Annotated[
     str,
     typer.Argument(
-        metavar="RUN", help="An id, a unique prefix of one, or a name (its newest run).", autocompletion=complete_run,
+        metavar="RUN",
+        help="An id, a unique prefix of one, or a name (its newest run).",
+        autocompletion=complete_run,
         show_default=False,
     ),
 ]
 AnyRun = Annotated[
     str | None,
     typer.Argument(
-        metavar="[RUN]", help="An id, a prefix of one, or a name. Without it: the newest live run, else the newest.",
-        autocompletion=complete_run, show_default=False,
+        metavar="[RUN]",
+        help="An id, a prefix of one, or a name. Without it: the newest live run, else the newest.",
+        autocompletion=complete_run,
+        show_default=False,
     ),
 ]
 Runs = Annotated[
@@ -71,15 +85,24 @@ Runs = Annotated[
 ]  # fmt: skip
 Assignments = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the spec, as --set train.learning_rate=1e-3."),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override a key of the spec, as --set train.learning_rate=1e-3."
+    ),
 ]
-MaxUsd = Annotated[float | None, typer.Option("--max-usd", min=0.0, metavar="N", help="Dollars over all attempts.")]
+MaxUsd = Annotated[
+    float | None, typer.Option("--max-usd", min=0.0, metavar="N", help="Dollars over all attempts.")
+]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 
 def examples(*lines: str) -> str:
     """The epilogue of a command's help."""
     return "Examples: " + " · ".join(f"`{line}`" for line in lines)
+
+
+def add(app: typer.Typer, panel: str, name: str, function: Callable[..., Any], *lines: str) -> None:
+    """Add a command to a panel of the help, with examples."""
+    app.command(name, epilog=examples(*lines), rich_help_panel=panel)(function)
 
 
 def machine(as_json: bool, output: Form) -> bool:
@@ -131,10 +154,14 @@ def find_run(store: Store, word: str | None) -> str:
     try:
         run = store.find(word)
     except LookupError as error:
-        raise Usage(f"{word!r} is the beginning of several runs: {error}", "write more of the one you mean") from None
+        raise Usage(
+            f"{word!r} is the beginning of several runs: {error}", "write more of the one you mean"
+        ) from None
     if run is None:
         what = f"no run is called {word!r}" if word else "there are no runs yet"
-        raise NoSuchRun(what, "`llmctl status` lists the runs" if word else "`llmctl launch SPEC` starts one", run=word)
+        raise NoSuchRun(
+            what, "`llmctl status` lists the runs" if word else "`llmctl launch SPEC` starts one", run=word
+        )
     return run
 
 

@@ -14,7 +14,9 @@ Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder of shards.
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    group = typer.Typer(help="Text, parquet and Hugging Face sets to token shards; checksums.", no_args_is_help=True)
+    group = typer.Typer(
+        help="Text, parquet and Hugging Face sets to token shards; checksums.", no_args_is_help=True
+    )
     group.command("prepare", epilog=examples("llmctl data prepare books/*.txt --to ./shards"))(prepare)
     group.command("verify", epilog=examples("llmctl data verify ./shards"))(verify)
     group.command("list", epilog=examples("llmctl data list ./shards"))(listing)
@@ -22,12 +24,24 @@ def register(app: typer.Typer) -> None:
 
 
 def prepare(
-    sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Text files, folders, globs, parquet files, hf:// names.", show_default=False)],
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...",
+            help="Text files, folders, globs, parquet files, hf:// names.",
+            show_default=False,
+        ),
+    ],
     *,
     to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Where the shards go.")],
     tokenizer: Annotated[str, typer.Option("--tokenizer", help="gpt2, bytes, or a tokenizer.json.")] = "gpt2",
-    shard_tokens: Annotated[int, typer.Option("--shard-tokens", min=1024, help="Tokens a shard.")] = 100_000_000,
-    validation: Annotated[float, typer.Option("--validation", min=0.0, max=0.99, help="Share of the documents held out.")] = 0.01,
+    shard_tokens: Annotated[
+        int, typer.Option("--shard-tokens", min=1024, help="Tokens a shard.")
+    ] = 100_000_000,
+    validation: Annotated[
+        float,
+        typer.Option("--validation-fraction", min=0.0, max=0.99, help="Share of the documents held out."),
+    ] = 0.01,
     column: Annotated[str, typer.Option("--column", help="Text column of parquet files.")] = "text",
     as_json: Json = False,
     output: Output = Form.TEXT,

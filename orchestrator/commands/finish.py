@@ -15,9 +15,9 @@ from orchestrator.commands.common import (
     Output,
     Run,
     Yes,
+    add,
     answer,
     confirm,
-    examples,
     find_record,
     find_run,
     interactive,
@@ -31,20 +31,27 @@ PANEL = "Finish"
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    shown = {"rich_help_panel": PANEL}
-    app.command("stop", epilog=examples("llmctl stop", "llmctl stop RUN --now"), **shown)(stop)
-    app.command("extend", epilog=examples("llmctl extend RUN --max-usd 60 --max-hours 8"), **shown)(extend)
-    app.command("fetch-checkpoint", epilog=examples("llmctl fetch-checkpoint RUN --which latest --to ./weights --weights-only"),
-                **shown)(fetch_checkpoint)  # fmt: skip
-    app.command("ssh", epilog=examples("llmctl ssh", "llmctl ssh RUN -- nvidia-smi"), **shown)(ssh)
-    app.command("rm", epilog=examples("llmctl rm RUN"), **shown)(rm)
-    app.command("reap", epilog=examples("llmctl reap", "llmctl reap --yes"), **shown)(reap)
+    add(app, PANEL, "stop", stop, "llmctl stop", "llmctl stop RUN --now")
+    add(app, PANEL, "extend", extend, "llmctl extend RUN --max-usd 60 --max-hours 8")
+    add(
+        app,
+        PANEL,
+        "fetch-checkpoint",
+        fetch_checkpoint,
+        "llmctl fetch-checkpoint RUN --which latest --to ./weights --weights-only",
+    )
+    add(app, PANEL, "ssh", ssh, "llmctl ssh", "llmctl ssh RUN -- nvidia-smi")
+    add(app, PANEL, "rm", rm, "llmctl rm RUN")
+    add(app, PANEL, "reap", reap, "llmctl reap", "llmctl reap --yes")
 
 
 def stop(
     run: AnyRun = None,
     *,
-    now: Annotated[bool, typer.Option("--now", help="Skip the checkpoint; take over from a driver that no longer answers.")] = False,
+    now: Annotated[
+        bool,
+        typer.Option("--now", help="Skip the checkpoint; take over from a driver that no longer answers."),
+    ] = False,
     as_json: Json = False,
     output: Output = Form.TEXT,
 ) -> int:
@@ -61,7 +68,9 @@ def extend(
     run: AnyRun = None,
     *,
     max_usd: MaxUsd = None,
-    max_hours: Annotated[float | None, typer.Option("--max-hours", min=0.0, metavar="N", help="Hours from the first node on.")] = None,
+    max_hours: Annotated[
+        float | None, typer.Option("--max-hours", min=0.0, metavar="N", help="Hours from the first node on.")
+    ] = None,
     as_json: Json = False,
     output: Output = Form.TEXT,
 ) -> None:
@@ -80,10 +89,13 @@ def fetch_checkpoint(
     run: AnyRun = None,
     *,
     which: Annotated[
-        str | None, typer.Option("--which", metavar="best|latest|STEP|all", help="Default: the spec's checkpoint.fetch.")
+        str | None,
+        typer.Option("--which", metavar="best|latest|STEP|all", help="Default: the spec's checkpoint.fetch."),
     ] = None,
     to: Annotated[Path | None, typer.Option("--to", metavar="DIR", help="Also put a copy there.")] = None,
-    weights_only: Annotated[bool, typer.Option("--weights-only", help="Without the optimizer's state.")] = False,
+    weights_only: Annotated[
+        bool, typer.Option("--weights-only", help="Without the optimizer's state.")
+    ] = False,
     as_json: Json = False,
     output: Output = Form.TEXT,
 ) -> None:
@@ -93,13 +105,18 @@ def fetch_checkpoint(
     store = open_store()
     record = find_record(store, run)
     quiet = machine(as_json, output)
-    document = ending.fetch_checkpoint(store, record, which=which, to=to, weights_only=weights_only, quiet=quiet)
+    document = ending.fetch_checkpoint(
+        store, record, which=which, to=to, weights_only=weights_only, quiet=quiet
+    )
     answer(document, as_json=quiet, human=lambda: ending.say_checkpoints(document))
 
 
 def ssh(
     run: AnyRun = None,
-    command: Annotated[list[str] | None, typer.Argument(metavar="[-- CMD]...", help="Run it instead of a shell.", show_default=False)] = None,
+    command: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- CMD]...", help="Run it instead of a shell.", show_default=False),
+    ] = None,
 ) -> int:
     """Log in to a run's first node, with its own key and pinned host key."""
     from orchestrator import login

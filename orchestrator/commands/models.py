@@ -6,7 +6,17 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.commands.common import Form, Json, Output, answer, complete_run, examples, machine, open_store, tell
+from orchestrator.commands.common import (
+    Form,
+    Json,
+    Output,
+    add,
+    answer,
+    complete_run,
+    machine,
+    open_store,
+    tell,
+)
 
 PANEL = "Models"
 Model = Annotated[
@@ -20,23 +30,45 @@ Device = Annotated[str, typer.Option("--device", metavar="cpu|cuda", help="Where
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    shown = {"rich_help_panel": PANEL}
-    app.command("sample", epilog=examples("llmctl sample RUN 'def main():'", "llmctl sample RUN Once --compare OTHER"),
-                **shown)(sample)  # fmt: skip
-    app.command("evaluate", epilog=examples("llmctl evaluate RUN", "llmctl evaluate ./step-000600 --data test.bin"),
-                **shown)(evaluate)  # fmt: skip
+    add(
+        app,
+        PANEL,
+        "sample",
+        sample,
+        "llmctl sample RUN 'def main():'",
+        "llmctl sample RUN Once --compare OTHER",
+    )
+    add(
+        app,
+        PANEL,
+        "evaluate",
+        evaluate,
+        "llmctl evaluate RUN",
+        "llmctl evaluate ./step-000600 --data test.bin",
+    )
 
 
 def sample(
     model: Model,
-    prompt: Annotated[str | None, typer.Argument(help="What the model continues; default: the spec's first prompt.", show_default=False)] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Argument(
+            help="What the model continues; default: the spec's first prompt.", show_default=False
+        ),
+    ] = None,
     *,
-    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0: always the likeliest token.")] = 0.8,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.0, help="0: always the likeliest token.")
+    ] = 0.8,
     top_k: Annotated[int | None, typer.Option("--top-k", min=1, help="Among the K likeliest.")] = None,
-    top_p: Annotated[float | None, typer.Option("--top-p", min=0.0, max=1.0, help="Among the likeliest that make up P.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", min=0.0, max=1.0, help="Among the likeliest that make up P.")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="The same seed gives the same text.")] = 0,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="How many.")] = 128,
-    compare: Annotated[list[str] | None, typer.Option("--compare", metavar="RUN|PATH", help="The same from another model.")] = None,
+    compare: Annotated[
+        list[str] | None, typer.Option("--compare", metavar="RUN|PATH", help="The same from another model.")
+    ] = None,
     which: Which = "best",
     device: Device = "cpu",
     as_json: Json = False,
@@ -55,10 +87,17 @@ def sample(
 def evaluate(
     model: Model,
     *,
-    data: Annotated[list[str] | None, typer.Option("--data", metavar="SHARD", help="Shards, instead of the spec's test sets.")] = None,
-    test_set: Annotated[str | None, typer.Option("--test-set", metavar="NAME", help="A built-in test set.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", metavar="SHARD", help="Shards, instead of the spec's test sets."),
+    ] = None,
+    test_set: Annotated[
+        str | None, typer.Option("--test-set", metavar="NAME", help="A built-in test set.")
+    ] = None,
     offset: Annotated[int, typer.Option("--offset", min=0, help="First token (with --data).")] = 0,
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens that are predicted (with --data).")] = 1_000_000,
+    tokens: Annotated[
+        int, typer.Option("--tokens", min=1, help="Tokens that are predicted (with --data).")
+    ] = 1_000_000,
     which: Which = "best",
     device: Device = "cpu",
     as_json: Json = False,

@@ -13,8 +13,8 @@ from orchestrator.commands.common import (
     Json,
     Output,
     Runs,
+    add,
     answer,
-    examples,
     find_all,
     machine,
     open_store,
@@ -44,24 +44,46 @@ class Axis(StrEnum):
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    shown = {"rich_help_panel": PANEL}
-    app.command("compare", epilog=examples("llmctl compare --sort cost_usd", "llmctl compare A B --diff", "llmctl compare --plot"),
-                **shown)(compare)  # fmt: skip
-    app.command("report", epilog=examples("llmctl report --to report.html"), **shown)(report)
+    add(
+        app,
+        PANEL,
+        "compare",
+        compare,
+        "llmctl compare --sort cost_usd",
+        "llmctl compare A B --diff",
+        "llmctl compare --plot",
+    )
+    add(app, PANEL, "report", report, "llmctl report --to report.html")
 
 
 def compare(
     runs: Runs = None,
     *,
-    sort: Annotated[str | None, typer.Option("--sort", metavar="KEY", help="A column, as cost_usd; -KEY: the other way round.")] = None,
-    published: Annotated[bool, typer.Option("--published", help="Also published runs, with their sources.")] = False,
-    group_by: Annotated[str | None, typer.Option("--group-by", metavar="KEY", help="One row a value of KEY: means, and spread.")] = None,
-    columns: Annotated[str | None, typer.Option("--columns", metavar="KEY,KEY", help="These columns, in this order.")] = None,
+    sort: Annotated[
+        str | None,
+        typer.Option("--sort", metavar="KEY", help="A column, as cost_usd; -KEY: the other way round."),
+    ] = None,
+    published: Annotated[
+        bool, typer.Option("--published", help="Also published runs, with their sources.")
+    ] = False,
+    group_by: Annotated[
+        str | None,
+        typer.Option("--group-by", metavar="KEY", help="One row a value of KEY: means, and spread."),
+    ] = None,
+    columns: Annotated[
+        str | None, typer.Option("--columns", metavar="KEY,KEY", help="These columns, in this order.")
+    ] = None,
     diff: Annotated[bool, typer.Option("--diff", help="What differs between two runs.")] = False,
-    test_set: Annotated[str | None, typer.Option("--test-set", metavar="NAME", help="The set whose test losses are shown.")] = None,
-    sigma: Annotated[float | None, typer.Option("--sigma", min=0.0, help="Loss differences within 2 sigma are noise.")] = None,
+    test_set: Annotated[
+        str | None, typer.Option("--test-set", metavar="NAME", help="The set whose test losses are shown.")
+    ] = None,
+    sigma: Annotated[
+        float | None, typer.Option("--sigma", min=0.0, help="Loss differences within 2 sigma are noise.")
+    ] = None,
     form: Annotated[Format, typer.Option("--format", help="How to print it.")] = Format.TABLE,
-    plot: Annotated[bool, typer.Option("--plot", help="Loss curves, and loss against dollars, in the terminal.")] = False,
+    plot: Annotated[
+        bool, typer.Option("--plot", help="Loss curves, and loss against dollars, in the terminal.")
+    ] = False,
     over: Annotated[Axis, typer.Option("--over", help="What the curves run over.")] = Axis.TOKENS,
     as_json: Json = False,
     output: Output = Form.TEXT,
@@ -71,7 +93,13 @@ def compare(
 
     store = open_store()
     ask = comparing.Ask(
-        find_all(store, runs), sort, published, group_by, columns.split(",") if columns else None, test_set, sigma
+        find_all(store, runs),
+        sort,
+        published,
+        group_by,
+        columns.split(",") if columns else None,
+        test_set,
+        sigma,
     )
     quiet = machine(as_json, output) or form is Format.JSON
     if diff:
@@ -89,14 +117,18 @@ def compare(
 def report(
     runs: Runs = None,
     *,
-    to: Annotated[Path, typer.Option("--to", metavar="FILE.html", help="Where to write it.")] = Path("report.html"),
-    published: Annotated[bool, typer.Option("--published/--no-published", help="Also published runs.")] = True,
+    to: Annotated[Path, typer.Option("--to", metavar="FILE.html", help="Where to write it.")] = Path(
+        "report.html"
+    ),
+    published: Annotated[
+        bool, typer.Option("--published/--no-published", help="Also published runs.")
+    ] = True,
     as_json: Json = False,
     output: Output = Form.TEXT,
 ) -> None:
     """Write one self-contained HTML page: table, curves, loss against dollars, dollars by phase, each run in full."""
-    from orchestrator import comparing
+    from orchestrator import comparing, render_compare
 
     store = open_store()
     document = comparing.report(store, find_all(store, runs), to, published=published)
-    answer(document, as_json=machine(as_json, output), human=lambda: comparing.say_report(document))
+    answer(document, as_json=machine(as_json, output), human=lambda: render_compare.written(document))

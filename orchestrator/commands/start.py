@@ -15,41 +15,42 @@ from orchestrator.commands.common import (
     Output,
     Run,
     Yes,
+    add,
     answer,
     complete_recipe,
     confirm,
-    examples,
     find_record,
     machine,
     open_store,
-    print_json,
     tell,
 )
 
 PANEL = "Begin"
 Spec = Annotated[Path, typer.Argument(metavar="SPEC", help="A run.yaml.", show_default=False)]
 WaitFor = Annotated[
-    str | None, typer.Option("--wait", metavar="DURATION", help="How long to wait for capacity, as 30m, 6h, 2d.")
+    str | None,
+    typer.Option("--wait", metavar="DURATION", help="How long to wait for capacity, as 30m, 6h, 2d."),
 ]
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    shown = {"rich_help_panel": PANEL}
-    app.command("init", epilog=examples("llmctl init", "llmctl init big.yaml --recipe 8xh100"), **shown)(init)
-    app.command("doctor", epilog=examples("llmctl doctor", "llmctl doctor --json"), **shown)(doctor)
-    app.command("offers", epilog=examples("llmctl offers --gpu H100:8", "llmctl offers run.yaml"), **shown)(offers)
-    app.command("plan", epilog=examples("llmctl plan run.yaml", "llmctl plan run.yaml --set train.tokens=1e9"), **shown)(plan)
-    app.command("launch", epilog=examples("llmctl launch run.yaml", "llmctl launch run.yaml --wait 6h --detach -y"),
-                **shown)(launch)  # fmt: skip
-    app.command("resume", epilog=examples("llmctl resume RUN", "llmctl resume RUN --max-usd 60"), **shown)(resume)
+    add(app, PANEL, "init", init, "llmctl init", "llmctl init big.yaml --recipe 8xh100")
+    add(app, PANEL, "doctor", doctor, "llmctl doctor", "llmctl doctor --json")
+    add(app, PANEL, "offers", offers, "llmctl offers --gpu H100:8", "llmctl offers run.yaml")
+    add(app, PANEL, "plan", plan, "llmctl plan run.yaml", "llmctl plan run.yaml --set train.tokens=1e9")
+    add(
+        app, PANEL, "launch", launch, "llmctl launch run.yaml", "llmctl launch run.yaml --wait 6h --detach -y"
+    )
+    add(app, PANEL, "resume", resume, "llmctl resume RUN", "llmctl resume RUN --max-usd 60")
 
 
 def init(
     file: Annotated[Path, typer.Argument(metavar="[FILE]", help="Where to write it.")] = Path("run.yaml"),
     *,
     recipe: Annotated[
-        str, typer.Option("--recipe", metavar="NAME", help="A shipped recipe.", autocompletion=complete_recipe)
+        str,
+        typer.Option("--recipe", metavar="NAME", help="A shipped recipe.", autocompletion=complete_recipe),
     ] = "quickstart",
     force: Annotated[bool, typer.Option("--force", help="Replace FILE where it exists.")] = False,
     as_json: Json = False,
@@ -75,10 +76,17 @@ def doctor(*, as_json: Json = False, output: Output = Form.TEXT) -> int:
 
 
 def offers(
-    spec: Annotated[Path | None, typer.Argument(metavar="[SPEC]", help="Also predict this run on each.", show_default=False)] = None,
+    spec: Annotated[
+        Path | None,
+        typer.Argument(metavar="[SPEC]", help="Also predict this run on each.", show_default=False),
+    ] = None,
     *,
-    gpu: Annotated[str | None, typer.Option("--gpu", metavar="NAME:N", help="As H100:8 or A100-40GB.")] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Also what is sold out, and machines without a GPU.")] = False,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", metavar="NAME:N", help="As H100:8 or A100-40GB.")
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also what is sold out, and machines without a GPU.")
+    ] = False,
     as_json: Json = False,
     output: Output = Form.TEXT,
 ) -> None:
@@ -89,7 +97,9 @@ def offers(
     answer(found.document(), as_json=machine(as_json, output), human=lambda: render_plan.offers(found))
 
 
-def plan(spec: Spec, *, assignments: Assignments = None, as_json: Json = False, output: Output = Form.TEXT) -> int:
+def plan(
+    spec: Spec, *, assignments: Assignments = None, as_json: Json = False, output: Output = Form.TEXT
+) -> int:
     """Validate a spec, choose an offer and predict memory, speed, hours and dollars. Changes nothing."""
     from orchestrator import plan as planning
     from orchestrator import render_plan
@@ -107,9 +117,13 @@ def launch(
     wait: WaitFor = None,
     max_usd: MaxUsd = None,
     assignments: Assignments = None,
-    on: Annotated[str | None, typer.Option("--on", metavar="NODE", help="Run on a node that is kept.")] = None,
+    on: Annotated[
+        str | None, typer.Option("--on", metavar="NODE", help="Run on a node that is kept.")
+    ] = None,
     yes: Yes = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show plan, request and bytes to send; change nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show plan, request and bytes to send; change nothing.")
+    ] = False,
     as_json: Json = False,
     output: Output = Form.TEXT,
 ) -> int:

@@ -11,8 +11,8 @@ from orchestrator.commands.common import (
     Form,
     Json,
     Output,
+    add,
     answer,
-    examples,
     find_record,
     find_run,
     machine,
@@ -25,10 +25,9 @@ PANEL = "Watch"
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    shown = {"rich_help_panel": PANEL}
-    app.command("status", epilog=examples("llmctl status", "llmctl status --watch", "llmctl status -o json"), **shown)(status)
-    app.command("tail", epilog=examples("llmctl tail", "llmctl tail RUN --lines 50 --no-follow"), **shown)(tail)
-    app.command("show", epilog=examples("llmctl show", "llmctl show RUN --json | jq .cost_usd"), **shown)(show)
+    add(app, PANEL, "status", status, "llmctl status", "llmctl status --watch", "llmctl status -o json")
+    add(app, PANEL, "tail", tail, "llmctl tail", "llmctl tail RUN --lines 50 --no-follow")
+    add(app, PANEL, "show", show, "llmctl show", "llmctl show RUN --json | jq .cost_usd")
 
 
 def status(
@@ -68,7 +67,10 @@ def tail(
     *,
     follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Stay until the run ends.")] = True,
     lines: Annotated[
-        int | None, typer.Option("--lines", "-n", min=0, metavar="N", help="Begin with the last N lines.", show_default=False)
+        int | None,
+        typer.Option(
+            "--lines", "-n", min=0, metavar="N", help="Begin with the last N lines.", show_default=False
+        ),
     ] = None,
     as_json: Json = False,
     output: Output = Form.TEXT,

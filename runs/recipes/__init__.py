@@ -11,7 +11,7 @@ DEFAULT = "quickstart"
 _ORDER = (DEFAULT, "speedrun", "gpt2", "1xrtx3090", "8xa100-40gb", "8xa100-80gb", "8xh100", "8xb200")
 
 
-class UnknownRecipe(KeyError):  # noqa: N818 - it names what was asked for
+class UnknownRecipe(KeyError):
     """There is no recipe of that name; `str()` lists those that there are."""
 
     exit_code = 2

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from trainer import processes
+from trainer.supervise import take_lock
 from trainer.watchdog import read_json, write_json
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -267,6 +268,7 @@ def test_a_dead_supervisor_leaves_a_locked_orphan_that_the_next_start_ends(run):
     supervisor.kill()
     supervisor.wait()
     assert processes.marked(run) == orphans
+    assert take_lock(run / "lock") is None  # torchrun inherited it
     assert json.loads(call(run, "status").stdout)["alive"] is False
     start(run)
     until(lambda: training(run), "the resumed trainer")

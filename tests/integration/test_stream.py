@@ -101,11 +101,13 @@ def test_nothing_is_left_on_the_node(node: Node) -> None:
 
 
 def test_gives_up_after_patience(node: Node) -> None:
-    with Proxy(node.address.port) as proxy:
-        with Follower(node.at(proxy.port), "log", patience_seconds=0.5) as follower:
-            until(lambda: follower.ticks)
-            proxy.__exit__()
-            until(lambda: follower.error)
+    with (
+        Proxy(node.address.port) as proxy,
+        Follower(node.at(proxy.port), "log", patience_seconds=0.5) as follower,
+    ):
+        until(lambda: follower.ticks)
+        proxy.close()
+        until(lambda: follower.error)
     assert isinstance(follower.error, NodeUnreachable)
 
 

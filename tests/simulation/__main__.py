@@ -25,7 +25,9 @@ def main() -> int:
         failure, done = (shrink(failure) if failure else None), 1
     else:
         done, failure = campaign(options.schedules, options.seed, processes=options.processes)
-    print(f"{done} schedules in {time.monotonic() - began:.1f} s: {'one failed' if failure else 'all invariants hold'}")
+    print(
+        f"{done} schedules in {time.monotonic() - began:.1f} s: {'one failed' if failure else 'all invariants hold'}"
+    )
     if failure:
         print(failure)
     return 1 if failure else 0

@@ -67,7 +67,9 @@ def try_plan(plan: Plan, shared: Ground) -> tuple[Failure | None, int]:
     except Exception as error:  # noqa: BLE001 - whatever a schedule raises is its finding
         told = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(told.filename).name}:{told.lineno}"
-        return Failure(plan, f"{type(error).__name__}: {error} ({where})", tuple(schedule.history)), schedule.passages
+        return Failure(
+            plan, f"{type(error).__name__}: {error} ({where})", tuple(schedule.history)
+        ), schedule.passages
     return None, schedule.passages
 
 
@@ -101,10 +103,15 @@ def batch(seeds: Sequence[int]) -> tuple[int, Failure | None]:
     return len(seeds), None
 
 
-def campaign(schedules: int, seed: int, *, processes: int = 2, seconds: float | None = None) -> tuple[int, Failure | None]:
+def campaign(
+    schedules: int, seed: int, *, processes: int = 2, seconds: float | None = None
+) -> tuple[int, Failure | None]:
     """Run many schedules; how many were run, and the first failure, shrunk. With `seconds`, no longer than that."""
     first = seed * 10_000_019
-    batches = [range(start, min(start + A_STORE, first + schedules)) for start in range(first, first + schedules, A_STORE)]
+    batches = [
+        range(start, min(start + A_STORE, first + schedules))
+        for start in range(first, first + schedules, A_STORE)
+    ]
     began, done = time.monotonic(), 0
     with ProcessPoolExecutor(processes, mp_context=get_context("forkserver")) as pool:
         for count, failure in pool.map(batch, batches):

@@ -93,7 +93,9 @@ class Cloud:
             minimum_seconds=plan.minimum_seconds,
         )
         self._offers = [
-            Offer(provider="sim", instance_type=f"type-{index}", region="here", gpu=None, gpus=0, tariff=tariff)
+            Offer(
+                provider="sim", instance_type=f"type-{index}", region="here", gpu=None, gpus=0, tariff=tariff
+            )
             for index in range(plan.offers)
         ]
 

@@ -169,7 +169,9 @@ class Schedule:
         if previous is not None:
             self.rules.refused(previous.hands.store, previous.hands.epoch)
             previous.hands.store.close()
-        site = Nodes(self.plan, self.cloud, self.boxes, self.here, self.elapse, self.date, self.passage, self.fault)
+        site = Nodes(
+            self.plan, self.cloud, self.boxes, self.here, self.elapse, self.date, self.passage, self.fault
+        )
         return Driver(self.run, Hands(store, self.cloud, site, self, self.epoch, self.request))
 
     def request(self, run: RunRecord, marker: Marker, offer: Offer) -> LaunchRequest:
@@ -228,7 +230,11 @@ class Schedule:
             assert record is not None
             self.cloud.known.update(node.id for node in record.nodes if node.id)
             if not isinstance(answer, w.Wait):
-                self.note(f"{answer}" if not isinstance(answer, w.BeginAttempt | w.Launch) else type(answer).__name__)
+                self.note(
+                    f"{answer}"
+                    if not isinstance(answer, w.BeginAttempt | w.Launch)
+                    else type(answer).__name__
+                )
             self.rules.after_step(answer, record)
             if isinstance(answer, w.Done):
                 return

@@ -62,7 +62,10 @@ class Box:
         process = self.process
         if process is None or process.end is not None:
             return
-        if "supervisor-dies" in self.machine.faults and self.machine.faults["supervisor-dies"][0] > process.begin:
+        if (
+            "supervisor-dies" in self.machine.faults
+            and self.machine.faults["supervisor-dies"][0] > process.begin
+        ):
             process.killed = min(process.killed, self.machine.faults["supervisor-dies"][0])
         if "reboot" in self.machine.faults and self.machine.faults["reboot"][0] > process.begin:
             process.killed = min(process.killed, self.machine.faults["reboot"][0])
@@ -78,7 +81,9 @@ class Box:
             self.checkpoints.setdefault(step, f"{self.machine.id}-{step}")
         if at > horizon:
             return
-        graceful = reason in {"finished", "deadline"} or (reason == "stopped" and process.stop and process.stop[1])
+        graceful = reason in {"finished", "deadline"} or (
+            reason == "stopped" and process.stop and process.stop[1]
+        )
         if graceful and last > 0:
             self.checkpoints.setdefault(last, f"{self.machine.id}-{last}")
         process.end = (at, reason, last)
@@ -226,7 +231,9 @@ class Nodes:
             box = self.box(node)
             if box is not None:
                 times += [box.machine.active + self.plan.ssh_seconds, box.next_time(t, self.plan)]
-                times += [a + b for name in ("cut", "reboot") for a, b in [box.machine.faults.get(name, (0.0, 0.0))]]
+                times += [
+                    a + b for name in ("cut", "reboot") for a, b in [box.machine.faults.get(name, (0.0, 0.0))]
+                ]
         return min((time for time in times if time > t), default=FOREVER)
 
     # ------------------------------------------------------------ what is heard
@@ -278,7 +285,10 @@ class Nodes:
             yield from self._progress(run, box, process, t)
         if ended:
             assert process.end is not None
-            yield stream, e.TrainerEnded(at=now, attempt=attempt.number, reason=process.end[1], step=process.end[2])
+            yield (
+                stream,
+                e.TrainerEnded(at=now, attempt=attempt.number, reason=process.end[1], step=process.end[2]),
+            )
 
     def _progress(self, run: RunRecord, box: Box, process: Process, t: float) -> Iterator[Change]:
         step = box.step(min(t, process.end[0] if process.end else t, process.killed), self.plan)
@@ -287,7 +297,9 @@ class Nodes:
         start = max(process.begin + zero, run.intervals[-1][2] if run.intervals else 0.0)
         if until + zero > start + 0.01:
             phase = "redone" if step <= int(run.summary.get("step", 0)) else "training"
-            event = e.ProgressSeen(at=self._date(0.0), summary={"step": step}, intervals=((phase, start, until + zero),))
+            event = e.ProgressSeen(
+                at=self._date(0.0), summary={"step": step}, intervals=((phase, start, until + zero),)
+            )
             yield e.run_stream(run.run), event
 
     # ------------------------------------------------------------ jobs
@@ -315,7 +327,9 @@ class Nodes:
                 continue
             running.job = Job("done", self._date(0.0))
             if word == "collect":
-                self.here.update({step: box.checkpoints[step] for step in running.steps if step in box.checkpoints})
+                self.here.update(
+                    {step: box.checkpoints[step] for step in running.steps if step in box.checkpoints}
+                )
             elif "preflight" in box.machine.faults:
                 yield e.node_stream(key), e.PreflightFailed(at=self._date(0.0), reason="a GPU is missing")
             else:
@@ -344,5 +358,7 @@ class Nodes:
         for step, sha in self.here.items():
             known = run.checkpoints.get(step)
             if known is not None and not known.fetched and known.sha256 == sha:
-                verified = e.CheckpointVerified(at=self._date(0.0), step=step, path=f"step-{step}", sha256=sha, bytes=BYTES)
+                verified = e.CheckpointVerified(
+                    at=self._date(0.0), step=step, path=f"step-{step}", sha256=sha, bytes=BYTES
+                )
                 yield e.run_stream(run.run), verified

@@ -118,7 +118,9 @@ def _fault(rng: random.Random) -> Fault:
         return Fault("node", rng.choice(NODE_FAULTS), rng.randrange(2), at=rng.uniform(0.0, 250.0),
                      seconds=rng.choice((30.0, 300.0, 4000.0)))  # fmt: skip
     if kind == "user":
-        return Fault("user", rng.choice(USER_ACTIONS), at=rng.choice((rng.uniform(0.0, 90.0), rng.uniform(0.0, 400.0))))
+        return Fault(
+            "user", rng.choice(USER_ACTIONS), at=rng.choice((rng.uniform(0.0, 90.0), rng.uniform(0.0, 400.0)))
+        )
     return Fault("blackout", "provider", at=rng.uniform(0.0, 400.0), seconds=rng.choice((20.0, 200.0)))
 
 

@@ -42,7 +42,9 @@ class Rules:
 
     def before_call(self, method: str, key: str) -> None:
         """The intent is on disk, as a second connection reads it, and has no outcome; a launch is called once."""
-        rows = self.s.ground.disk.execute("SELECT kind FROM events WHERE stream = ? ORDER BY seq", (f"node:{key}",))
+        rows = self.s.ground.disk.execute(
+            "SELECT kind FROM events WHERE stream = ? ORDER BY seq", (f"node:{key}",)
+        )
         kinds = [row[0] for row in rows]
         if method == "launch":
             _hold(kinds == ["LaunchIntended"], f"launch of {key} is called after {kinds}")
@@ -65,7 +67,10 @@ class Rules:
         if node.terminate_reason == "succeeded" and self.s.plan.fetch == "none":
             return
         newest = max(box.checkpoints)
-        _hold(newest in self.s.here, f"{key} is released ({node.terminate_reason}) and step {newest} is not here")
+        _hold(
+            newest in self.s.here,
+            f"{key} is released ({node.terminate_reason}) and step {newest} is not here",
+        )
 
     def refused(self, store: Store, epoch: int) -> None:
         """The old driver wakes up and wants to write."""
@@ -94,7 +99,10 @@ class Rules:
         _hold(set(living) <= known, f"instances without an intent: {set(living) - known}")
         for step, sha in self._verified.items():
             item = run.checkpoints.get(step)
-            _hold(item is not None and item.fetched and item.sha256 == sha, f"the verified step {step} was forgotten")
+            _hold(
+                item is not None and item.fetched and item.sha256 == sha,
+                f"the verified step {step} was forgotten",
+            )
         self._verified = {step: item.sha256 for step, item in run.checkpoints.items() if item.fetched}
         if run is not self._last and isinstance(answer, w.Wait | w.Done):
             self._last = run
@@ -108,7 +116,10 @@ class Rules:
     def bill(self, run: RunRecord, now: datetime) -> None:
         """Charges sum to the bill to the micro-dollar, are never negative, and never overlap."""
         items = charges.charges(run, now)
-        _hold(sum(item.micro_usd for item in items) == charges.total(run, now), "the phases do not sum to the bill")
+        _hold(
+            sum(item.micro_usd for item in items) == charges.total(run, now),
+            "the phases do not sum to the bill",
+        )
         last: dict[str, datetime] = {}
         for item in items:
             _hold(item.micro_usd >= 0 and item.start <= item.end, f"a negative charge: {item}")
@@ -122,7 +133,10 @@ class Rules:
         run, t = self.s.record(), self.s.t
         _hold(run.outcome is not None, "a driver is done and the run is not")
         for node in run.nodes:
-            _hold(node.settled or (node.kept and run_of(node.key) == run.run), f"{node.key} is not settled: {node}")
+            _hold(
+                node.settled or (node.kept and run_of(node.key) == run.run),
+                f"{node.key} is not settled: {node}",
+            )
             _hold(not node.kept or self.s.plan.on_finish != "terminate", f"{node.key} is kept for no reason")
         abandoned = {node.key for node in run.nodes if node.answer == "abandoned"}
         for machine in self.s.cloud.machines.values():
@@ -130,7 +144,10 @@ class Rules:
             _hold(node is not None, f"{machine.key} has no record")
             assert node is not None
             late = machine.key in abandoned and not everything
-            _hold(node.kept or late or not machine.alive(t), f"{machine.key} lives on ({node.gone_evidence}, {node.answer})")
+            _hold(
+                node.kept or late or not machine.alive(t),
+                f"{machine.key} lives on ({node.gone_evidence}, {node.answer})",
+            )
         self._outcome(run)
         if not everything:
             self._budget(run)
@@ -144,15 +161,21 @@ class Rules:
         if run.outcome == "succeeded":
             last = run.checkpoints.get(run.steps)
             _hold(last is not None, "succeeded without a last checkpoint")
-            _hold(self.s.plan.fetch == "none" or run.steps in self.s.here, "succeeded, and the model is not here")
+            _hold(
+                self.s.plan.fetch == "none" or run.steps in self.s.here,
+                "succeeded, and the model is not here",
+            )
         if run.outcome != "succeeded" and run.cancelled and run.stop is None and not run.resumes:
             _hold(run.outcome in {"stopped", "failed", "lost"}, f"cancelled became {run.outcome}")
 
     def _slack(self) -> float:
         """Seconds that faults of this schedule may have cost beyond what the driver can help: it was away, or nobody answered."""
         plan = self.s.plan
-        slow = sum(f.seconds + 30.0 for f in plan.faults if f.kind == "blackout")
-        slow += 150.0 * sum(f.kind == "call" and f.what.split(":")[0] in {"terminate", "inventory", "find"} for f in plan.faults)
+        slow = sum(2 * f.seconds + 30.0 for f in plan.faults if f.kind == "blackout")
+        slow += 150.0 * sum(
+            f.kind == "call" and f.what.split(":")[0] in {"terminate", "inventory", "find"}
+            for f in plan.faults
+        )
         slow += 60.0 * sum(f.what == "launch:late" for f in plan.faults)
         slow += plan.granularity_seconds if self.s.away else 0.0
         return self.s.away + slow + plan.lag_seconds + (plan.boot_seconds if self.s.away else 0.0)
@@ -191,8 +214,12 @@ class Rules:
             assert node is not None
             if not machine.late:  # nothing of ours lives while it bills unseen; `reap` is for that
                 seconds = max(0.0, min(machine.billed_until, self.s.t) - machine.active)
-                spent += charges.price(charges.billed(seconds, node.offer.tariff), self.s.plan.micro_usd_per_hour)
-        _hold(spent <= allowed, f"{spent / 1e6:.2f} dollars were spent, {run.max_micro_usd / 1e6:.2f} allowed")
+                spent += charges.price(
+                    charges.billed(seconds, node.offer.tariff), self.s.plan.micro_usd_per_hour
+                )
+        _hold(
+            spent <= allowed, f"{spent / 1e6:.2f} dollars were spent, {run.max_micro_usd / 1e6:.2f} allowed"
+        )
 
     def _folded(self, run: RunRecord) -> None:
         """Rows are the fold of the events, also after a round trip through the disk."""

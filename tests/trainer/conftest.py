@@ -34,7 +34,9 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def text() -> bytes:
     """Two hundred kilobytes of the standard library's source."""
     library = Path(sysconfig.get_path("stdlib"))
-    return b"".join((library / name).read_bytes() for name in ("argparse.py", "ast.py", "inspect.py"))[:200_000]
+    return b"".join((library / name).read_bytes() for name in ("argparse.py", "ast.py", "inspect.py"))[
+        :200_000
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -77,7 +79,11 @@ def make_config(token_shards: dict[str, Path], tmp_path: Path) -> Callable[..., 
 
 def records(out: Path, kind: str) -> list[dict[str, Any]]:
     """The lines of one kind in metrics.jsonl."""
-    lines = (json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines() if line.endswith("}"))
+    lines = (
+        json.loads(line)
+        for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        if line.endswith("}")
+    )
     return [line for line in lines if line["kind"] == kind]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 
 from trainer import flops, hf, manifest
 from trainer.checkpoint import CONFIG, WEIGHTS
@@ -20,7 +20,14 @@ from trainer.sample import load_model
 
 TINY = {"vocab_size": 101, "context_length": 24, "emb_dim": 32, "n_heads": 4, "n_layers": 2}
 LLAMA = {"norm": "rms", "activation": "swiglu", "position": "rope"}
-SPEEDRUN = {"norm": "rms", "activation": "relu2", "position": "rope", "rotary_fraction": 0.5, "qk_norm": True, "logit_softcap": 15.0}
+SPEEDRUN = {
+    "norm": "rms",
+    "activation": "relu2",
+    "position": "rope",
+    "rotary_fraction": 0.5,
+    "qk_norm": True,
+    "logit_softcap": 15.0,
+}
 
 
 def build(seed: int = 0, **changes: object) -> GPT:
@@ -36,7 +43,7 @@ def build(seed: int = 0, **changes: object) -> GPT:
             noise = torch.randn(parameter.shape, generator=generator) * 0.1
             if "embedding" in name or "head" in name:
                 noise[config.vocab_size :] = 0
-            parameter += noise
+            parameter.add_(noise)
     return model.eval()
 
 
@@ -50,9 +57,14 @@ def checkpoint_of(model: GPT, folder: Path) -> Path:
 
     folder.mkdir()
     rows = model.config.vocab_size
-    named = {n: (p.detach()[:rows] if "token_embedding" in n or "head" in n else p.detach()).contiguous() for n, p in model.named_parameters()}
+    named = {
+        n: (p.detach()[:rows] if "token_embedding" in n or "head" in n else p.detach()).contiguous()
+        for n, p in model.named_parameters()
+    }
     save_file(named, folder / WEIGHTS, metadata={"format": "pt"})
-    config = TrainerConfig(DataConfig(train=["-"]), model.config, TrainConfig(global_batch_size=1, steps=1, device="cpu"))
+    config = TrainerConfig(
+        DataConfig(train=["-"]), model.config, TrainConfig(global_batch_size=1, steps=1, device="cpu")
+    )
     (folder / CONFIG).write_text(json.dumps(to_dict(config)), encoding="utf-8")
     manifest.write(folder, 1)
     return folder
@@ -66,7 +78,9 @@ def test_exported_logits_equal_those_of_transformers(tmp_path: Path, changes: di
     transformers = pytest.importorskip("transformers")
     model = build(**changes)
     hf.export(checkpoint_of(model, tmp_path / "ours"), tmp_path / "theirs")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", dtype=torch.float32).eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "theirs", dtype=torch.float32
+    ).eval()
     with torch.no_grad():
         ours_btv, theirs_btv = model.logits(tokens()), theirs(tokens()).logits
     assert ours_btv.std() > 0.1
@@ -78,7 +92,9 @@ def test_imported_logits_equal_those_of_transformers(tmp_path: Path, family: str
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(3)
     if family == "gpt2":
-        config = transformers.GPT2Config(vocab_size=101, n_positions=24, n_embd=32, n_head=4, n_layer=2, initializer_range=0.2)
+        config = transformers.GPT2Config(
+            vocab_size=101, n_positions=24, n_embd=32, n_head=4, n_layer=2, initializer_range=0.2
+        )
         theirs = transformers.GPT2LMHeadModel(config).eval()
     else:
         config = transformers.LlamaConfig(
@@ -100,14 +116,20 @@ def test_what_transformers_cannot_express_is_refused_by_name(key: str) -> None:
         hf.family(ModelConfig(**{key: changes[key]}))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("changes", [{}, LLAMA, SPEEDRUN, {**SPEEDRUN, "n_kv_heads": 1}], ids=["gpt2", "llama", "speedrun", "grouped"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, LLAMA, SPEEDRUN, {**SPEEDRUN, "n_kv_heads": 1}],
+    ids=["gpt2", "llama", "speedrun", "grouped"],
+)
 def test_cached_decoding_equals_the_whole_sequence(changes: dict[str, object]) -> None:
     model = build(**changes)
     row = tokens(1)
     cache = [KeyValues() for _ in model.blocks]
     with torch.no_grad():
         whole = model.logits(row)
-        steps = [model.logits(row[:, :5], cache)] + [model.logits(row[:, i : i + 1], cache) for i in range(5, row.shape[1])]
+        steps = [model.logits(row[:, :5], cache)] + [
+            model.logits(row[:, i : i + 1], cache) for i in range(5, row.shape[1])
+        ]
     torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=1e-4, atol=1e-4)
 
 
@@ -124,8 +146,19 @@ def test_the_number_of_parameters_is_the_formula_s() -> None:
 
 def test_published_sizes() -> None:
     assert flops.parameters(ModelConfig()) == 163_009_536  # Raschka's untied GPT-2 without QKV bias
-    assert flops.parameters(ModelConfig(qkv_bias=True, tie_weights=True)) == 124_439_808  # OpenAI's GPT-2 small
-    llama = ModelConfig(vocab_size=128256, context_length=8192, emb_dim=4096, n_heads=32, n_layers=32, n_kv_heads=8, ffn_dim=14336, **LLAMA)  # type: ignore[arg-type]
+    assert (
+        flops.parameters(ModelConfig(qkv_bias=True, tie_weights=True)) == 124_439_808
+    )  # OpenAI's GPT-2 small
+    llama = ModelConfig(
+        vocab_size=128256,
+        context_length=8192,
+        emb_dim=4096,
+        n_heads=32,
+        n_layers=32,
+        n_kv_heads=8,
+        ffn_dim=14336,
+        **LLAMA,
+    )  # type: ignore[arg-type]
     assert flops.parameters(llama) == 8_030_261_248  # Llama 3 8B
     assert flops.flops_per_token(ModelConfig()) == pytest.approx(854.7e6, rel=1e-3)
 
@@ -144,7 +177,10 @@ def test_padding_rows_are_no_part_of_the_loss() -> None:
 
 
 def test_first_weights_depend_on_seed_and_name_alone() -> None:
-    small, large = dict(initial_weights(ModelConfig(**TINY), 5)), dict(initial_weights(ModelConfig(**{**TINY, "n_layers": 3}), 5))  # type: ignore[arg-type]
+    small, large = (
+        dict(initial_weights(ModelConfig(**TINY), 5)),
+        dict(initial_weights(ModelConfig(**{**TINY, "n_layers": 3}), 5)),
+    )  # type: ignore[arg-type]
     other = dict(initial_weights(ModelConfig(**TINY), 6))  # type: ignore[arg-type]
     for name in ("token_embedding.weight", "blocks.1.attention.query.weight"):
         assert torch.equal(small[name], large[name])
@@ -162,7 +198,9 @@ def test_initialisations() -> None:
     seeds = dict(initial_weights(ModelConfig(**{**wide, "init": "torch"}), 0))  # type: ignore[arg-type]
     assert seeds["token_embedding.weight"].std() == pytest.approx(1.0, rel=0.05)
     assert seeds["blocks.0.feed_forward.down.weight"].abs().max() <= 1 / math.sqrt(1024)
-    assert seeds["blocks.0.feed_forward.down.weight"].std() == pytest.approx(torch.nn.Linear(1024, 256).weight.std().item(), rel=0.05)
+    assert seeds["blocks.0.feed_forward.down.weight"].std() == pytest.approx(
+        torch.nn.Linear(1024, 256).weight.std().item(), rel=0.05
+    )
 
 
 def test_the_cap_bounds_logits() -> None:
@@ -203,7 +241,15 @@ def test_a_missing_or_misshapen_weight_is_refused() -> None:
     model = build()
     named = dict(initial_weights(model.config, 0))
     with pytest.raises(ValueError, match=r"head\.weight has shape"):
-        fill(model, iter([*((n, t) for n, t in named.items() if n != "head.weight"), ("head.weight", torch.zeros(101, 7))]))
+        fill(
+            model,
+            iter(
+                [
+                    *((n, t) for n, t in named.items() if n != "head.weight"),
+                    ("head.weight", torch.zeros(101, 7)),
+                ]
+            ),
+        )
     named.pop("final_norm.bias")
     with pytest.raises(KeyError, match=r"final_norm\.bias"):
         fill(model, iter(named.items()))

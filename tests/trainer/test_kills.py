@@ -23,7 +23,11 @@ INSTANTS = [
     ("validation", 20, {0, 4}),
     ("weights-written", 2, {4}),
     ("manifest-written", 2, {4}),
-    ("renamed", 3, {4}),  # each checkpoint here is latest and best: the third link is the second checkpoint's `latest`
+    (
+        "renamed",
+        3,
+        {4},
+    ),  # each checkpoint here is latest and best: the third link is the second checkpoint's `latest`
     ("linked", 3, {8}),
 ]
 
@@ -35,7 +39,18 @@ def uninterrupted(make_config: MakeConfig, tmp_path: Path) -> Path:
 
 
 def run_killed(config: Path, out: Path, instant: str, count: int) -> None:
-    command = [sys.executable, "-m", "tests.trainer.killed", instant, str(count), "train", "--config", str(config), "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.trainer.killed",
+        instant,
+        str(count),
+        "train",
+        "--config",
+        str(config),
+        "--out",
+        str(out),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=120, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
@@ -44,7 +59,13 @@ def run_killed(config: Path, out: Path, instant: str, count: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("instant", "count", "resumed_from"), INSTANTS, ids=[item[0] for item in INSTANTS])
 def test_killed_and_resumed_is_bit_identical(
-    make_config: MakeConfig, tmp_path: Path, uninterrupted: Path, instant: str, count: int, resumed_from: set[int]
+    make_config: MakeConfig,
+    tmp_path: Path,
+    uninterrupted: Path,
+    *,
+    instant: str,
+    count: int,
+    resumed_from: set[int],
 ) -> None:
     out = tmp_path / "killed"
     run_killed(make_config(), out, instant, count)
@@ -56,7 +77,10 @@ def test_killed_and_resumed_is_bit_identical(
         assert ours.read_bytes() == theirs.read_bytes(), name
     directory = out / "checkpoints"
     assert checkpoint.steps(directory) == checkpoint.steps(uninterrupted / "checkpoints")
-    assert all(manifest.verify(directory / manifest.directory_name(step)) == [] for step in checkpoint.steps(directory))
+    assert all(
+        manifest.verify(directory / manifest.directory_name(step)) == []
+        for step in checkpoint.steps(directory)
+    )
     assert not list(directory.glob(".*")), "nothing half-written stays"
 
 

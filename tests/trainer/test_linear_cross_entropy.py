@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer import flops
@@ -42,7 +42,9 @@ def test_equals_the_plain_loss(monkeypatch: pytest.MonkeyPatch, count: int, soft
     hidden, weight, targets = inputs(count)
     targets[0] = 3
     counted = int((targets >= 0).sum())
-    loss = linear_cross_entropy(hidden, weight, targets, vocab_size=VOCAB, softcap=softcap, denominator=counted)
+    loss = linear_cross_entropy(
+        hidden, weight, targets, vocab_size=VOCAB, softcap=softcap, denominator=counted
+    )
     (2 * loss).backward()
     gradients = hidden.grad, weight.grad
     hidden.grad = weight.grad = None
@@ -57,7 +59,9 @@ def test_without_gradients_it_gives_the_same_loss() -> None:
     hidden, weight, targets = inputs(50)
     loss = linear_cross_entropy(hidden, weight, targets, vocab_size=VOCAB, denominator=1.0)
     with torch.no_grad():
-        torch.testing.assert_close(linear_cross_entropy(hidden, weight, targets, vocab_size=VOCAB, denominator=1.0), loss)
+        torch.testing.assert_close(
+            linear_cross_entropy(hidden, weight, targets, vocab_size=VOCAB, denominator=1.0), loss
+        )
 
 
 def test_no_tensor_is_larger_than_a_chunk_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,9 @@ MODEL = ModelConfig(vocab_size=64, context_length=16, emb_dim=32, n_heads=2, n_l
 
 
 def train_config(**changes: object) -> TrainConfig:
-    return TrainConfig(**{"global_batch_size": 1, "steps": 10, "learning_rate": 1e-2, "device": "cpu", **changes})  # type: ignore[arg-type]
+    return TrainConfig(
+        **{"global_batch_size": 1, "steps": 10, "learning_rate": 1e-2, "device": "cpu", **changes}
+    )  # type: ignore[arg-type]
 
 
 def build() -> GPT:
@@ -87,7 +89,11 @@ def test_every_parameter_has_one_optimizer() -> None:
     assert by_muon | by_adamw == {id(p) for p in model.parameters()}
     assert id(model.token_embedding.weight) in by_adamw
     assert id(model.head.weight) in by_adamw
-    assert {tuple(p.shape) for group in ours.muon.param_groups for p in group["params"]} == {(32, 32), (128, 32), (32, 128)}
+    assert {tuple(p.shape) for group in ours.muon.param_groups for p in group["params"]} == {
+        (32, 32),
+        (128, 32),
+        (32, 128),
+    }
 
 
 def test_muon_equals_torch_s_to_the_rounding_of_bf16() -> None:
@@ -125,7 +131,9 @@ def test_warm_up_then_cosine() -> None:
 
 
 def test_stable_then_linear() -> None:
-    train = train_config(learning_rate=1e-2, min_learning_rate=0.0, warmup_steps=5, schedule="wsd", cooldown_fraction=0.4)
+    train = train_config(
+        learning_rate=1e-2, min_learning_rate=0.0, warmup_steps=5, schedule="wsd", cooldown_fraction=0.4
+    )
     assert [schedule.factor(step, 100, train) for step in (5, 60)] == [1.0, 1.0]
     assert schedule.factor(80, 100, train) == pytest.approx(0.5)
     assert schedule.factor(100, 100, train) == 0.0

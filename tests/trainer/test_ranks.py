@@ -19,12 +19,16 @@ MakeConfig = Callable[..., Path]
 pytestmark = pytest.mark.slow
 
 
-def torchrun(config: Path, out: Path, *, resume: bool = False, killed: tuple[str, int] | None = None) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    config: Path, out: Path, *, resume: bool = False, killed: tuple[str, int] | None = None
+) -> subprocess.CompletedProcess[str]:
     module = ["trainer"] if killed is None else ["tests.trainer.killed", killed[0], str(killed[1])]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", *module,
                "train", "--config", str(config), "--out", str(out), *(["--resume"] if resume else [])]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "KILL_RANK": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
 
 
 def test_two_processes_equal_one_and_survive_a_kill(make_config: MakeConfig, tmp_path: Path) -> None:
@@ -44,7 +48,9 @@ def test_two_processes_equal_one_and_survive_a_kill(make_config: MakeConfig, tmp
     assert records(killed, "resume")[0]["step"] in {0, 4}  # step 4 may not have been on the disk yet
     assert losses(killed) == losses(pair)
     for name in ("model.safetensors", "training_state.pt"):
-        assert (killed / "checkpoints/latest" / name).read_bytes() == (pair / "checkpoints/latest" / name).read_bytes()
+        assert (killed / "checkpoints/latest" / name).read_bytes() == (
+            pair / "checkpoints/latest" / name
+        ).read_bytes()
 
 
 def test_another_world_size_sees_the_same_batches(make_config: MakeConfig, tmp_path: Path) -> None:
@@ -66,19 +72,37 @@ def test_sharded_training_equals_replicated(make_config: MakeConfig, tmp_path: P
     done = torchrun(make_config(train={**changes, "sharding": "fsdp"}), sharded)
     assert done.returncode == 0, done.stderr
     assert losses(sharded) == pytest.approx(losses(plain), abs=5e-5)
-    left, right = checkpoint.weights(plain / "checkpoints/latest"), checkpoint.weights(sharded / "checkpoints/latest")
-    assert {name: tensor.shape for name, tensor in left.items()} == {name: tensor.shape for name, tensor in right.items()}
-    assert torchrun(make_config(train={**changes, "steps": 12, "schedule": "constant", "sharding": "fsdp"}), sharded, resume=True).returncode == 0
+    left, right = (
+        checkpoint.weights(plain / "checkpoints/latest"),
+        checkpoint.weights(sharded / "checkpoints/latest"),
+    )
+    assert {name: tensor.shape for name, tensor in left.items()} == {
+        name: tensor.shape for name, tensor in right.items()
+    }
+    assert (
+        torchrun(
+            make_config(train={**changes, "steps": 12, "schedule": "constant", "sharding": "fsdp"}),
+            sharded,
+            resume=True,
+        ).returncode
+        == 0
+    )
     assert manifest.verify(sharded / "checkpoints/latest") == []
     assert status(sharded)["state"] == "finished"
 
 
-def test_a_refusal_on_another_rank_reaches_the_status(make_config: MakeConfig, tmp_path: Path, token_shards: dict[str, Path]) -> None:
+def test_a_refusal_on_another_rank_reaches_the_status(
+    make_config: MakeConfig, tmp_path: Path, token_shards: dict[str, Path]
+) -> None:
     """Rank 1's half of a batch has a token outside the vocabulary: rank 0 must not be left waiting, nor overwrite the reason."""
     from trainer.shards import write_bin
 
     write_bin(tmp_path / "mixed.bin", [5] * (32 * 4 + 1) + [250] * (32 * 8))
-    config = make_config(data={"train": [str(tmp_path / "mixed.bin")], "validation": []}, model={"vocab_size": 100}, train={"microbatch_size": 4})
+    config = make_config(
+        data={"train": [str(tmp_path / "mixed.bin")], "validation": []},
+        model={"vocab_size": 100},
+        train={"microbatch_size": 4},
+    )
     out = tmp_path / "out"
     done = torchrun(config, out)
     assert done.returncode != 0

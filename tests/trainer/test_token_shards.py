@@ -25,7 +25,9 @@ def as_bin(path: Path) -> None:
 
 
 def as_wide_bin(path: Path) -> None:
-    path.write_bytes(struct.pack("<256i", 20240801, 7, len(TOKENS), *[0] * 253) + np.array(TOKENS, dtype="<u4").tobytes())
+    path.write_bytes(
+        struct.pack("<256i", 20240801, 7, len(TOKENS), *[0] * 253) + np.array(TOKENS, dtype="<u4").tobytes()
+    )
 
 
 def as_safetensors(path: Path) -> None:
@@ -69,7 +71,9 @@ def test_a_token_that_does_not_fit_leaves_no_file(tmp_path: Path) -> None:
     (b"PAR1" + bytes(20), 0, "parquet"),
     (struct.pack("<Q", 30) + b"{" + bytes(40), 8, "no tensor `tokens`"),
 ])  # fmt: skip
-def test_a_broken_shard_names_itself_and_the_offset(tmp_path: Path, content: bytes, offset: int, message: str) -> None:
+def test_a_broken_shard_names_itself_and_the_offset(
+    tmp_path: Path, content: bytes, offset: int, message: str
+) -> None:
     path = tmp_path / "shard"
     path.write_bytes(content)
     with pytest.raises(ShardError, match=message) as caught:
@@ -91,10 +95,20 @@ def test_a_truncated_safetensors_file_is_refused(tmp_path: Path) -> None:
 
 def naive_sequences(lengths: list[int], context: int) -> list[tuple[int, int]]:
     """The definition: each shard's sequences at stride `context`, each with the token after it, tails dropped."""
-    return [(shard, start) for shard, n in enumerate(lengths) for start in range(0, n, context) if start + context + 1 <= n]
+    return [
+        (shard, start)
+        for shard, n in enumerate(lengths)
+        for start in range(0, n, context)
+        if start + context + 1 <= n
+    ]
 
 
-@given(st.lists(st.integers(0, 60), min_size=1, max_size=5), st.integers(1, 9), st.integers(1, 12), st.integers(1, 30))
+@given(
+    st.lists(st.integers(0, 60), min_size=1, max_size=5),
+    st.integers(1, 9),
+    st.integers(1, 12),
+    st.integers(1, 30),
+)
 def test_the_order_is_its_definition(lengths: list[int], context: int, batch: int, step: int) -> None:
     order, naive = Order(lengths, context), naive_sequences(lengths, context)
     assert order.sequences == len(naive)

@@ -6,6 +6,7 @@ import json
 import math
 import threading
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,20 @@ def train(config: Path, out: Path, *, resume: bool = False) -> int:
     return loop.run(config, out, resume=resume)
 
 
-def test_a_run_from_end_to_end(make_config: MakeConfig, tmp_path: Path, token_shards: dict[str, Path]) -> None:
-    test_set = {"name": "slice", "data": [str(token_shards["held-out"])], "offset": 50, "tokens": 777, "bytes": 777}
+def test_a_run_from_end_to_end(
+    make_config: MakeConfig, tmp_path: Path, token_shards: dict[str, Path]
+) -> None:
+    test_set = {
+        "name": "slice",
+        "data": [str(token_shards["held-out"])],
+        "offset": 50,
+        "tokens": 777,
+        "bytes": 777,
+    }
     out = tmp_path / "out"
-    config = make_config(train={"steps": 30}, evaluate={"test_sets": [test_set], "prompt_tokens": [[100, 101, 102]]})
+    config = make_config(
+        train={"steps": 30}, evaluate={"test_sets": [test_set], "prompt_tokens": [[100, 101, 102]]}
+    )
     assert train(config, out) == 0
     steps = records(out, "step")
     assert [line["step"] for line in steps] == list(range(1, 31))
@@ -36,7 +47,7 @@ def test_a_run_from_end_to_end(make_config: MakeConfig, tmp_path: Path, token_sh
     assert steps[-1]["loss"] < steps[0]["loss"] - 1
     assert steps[0]["learning_rate"] == pytest.approx(1e-3)
     assert steps[0]["mfu"] is None
-    assert all(a["time"] <= b["time"] for a, b in zip(steps, steps[1:], strict=False))
+    assert all(a["time"] <= b["time"] for a, b in pairwise(steps))
     assert status(out)["state"] == "finished"
     assert status(out)["step"] == status(out)["steps"] == 30
     evaluations = json.loads((out / "evaluations.json").read_text())
@@ -73,8 +84,14 @@ def test_each_step_reads_what_its_number_says(
             seen.extend(into.copy())
 
     monkeypatch.setattr(Reader, "read", read)
-    assert train(make_config(train={"steps": 5, "global_batch_size": 6, "microbatch_size": 3}), tmp_path / "out") == 0
-    tokens = {index: np.fromfile(token_shards[name], dtype="<u2", offset=1024) for index, name in enumerate(("first", "second"))}
+    assert (
+        train(make_config(train={"steps": 5, "global_batch_size": 6, "microbatch_size": 3}), tmp_path / "out")
+        == 0
+    )
+    tokens = {
+        index: np.fromfile(token_shards[name], dtype="<u2", offset=1024)
+        for index, name in enumerate(("first", "second"))
+    }
     order = Order([len(part) for part in tokens.values()], 32)
     for number, row in enumerate(seen[:30]):
         shard, start = order.locate(number)
@@ -83,7 +100,10 @@ def test_each_step_reads_what_its_number_says(
 
 def test_tokens_beyond_the_data_begin_it_again(make_config: MakeConfig, tmp_path: Path, text: bytes) -> None:
     write_bin(tmp_path / "small.bin", list(text[: 32 * 10 + 1]))
-    config = make_config(data={"train": [str(tmp_path / "small.bin")], "validation": []}, train={"steps": 40, "global_batch_size": 5, "microbatch_size": 5})
+    config = make_config(
+        data={"train": [str(tmp_path / "small.bin")], "validation": []},
+        train={"steps": 40, "global_batch_size": 5, "microbatch_size": 5},
+    )
     assert train(config, tmp_path / "out") == 0
     assert records(tmp_path / "out", "system")[0]["tokens_per_epoch"] == 320
     assert losses(tmp_path / "out")[40] < losses(tmp_path / "out")[2]
@@ -102,15 +122,24 @@ def test_checkpoints_are_whole_and_as_promised(make_config: MakeConfig, tmp_path
     latest = directory / "latest"
     assert manifest.verify(latest) == []
     assert lines[-1]["sha256"] == manifest.digest(latest)
-    assert lines[-1]["bytes"] == sum(path.stat().st_size for path in latest.iterdir() if path.name != manifest.NAME)
-    assert {path.name for path in latest.iterdir()} == {"model.safetensors", "training_state.pt", "config.json", "manifest.json"}
+    assert lines[-1]["bytes"] == sum(
+        path.stat().st_size for path in latest.iterdir() if path.name != manifest.NAME
+    )
+    assert {path.name for path in latest.iterdir()} == {
+        "model.safetensors",
+        "training_state.pt",
+        "config.json",
+        "manifest.json",
+    }
     names = set(checkpoint.weights(latest))
     assert "token_embedding.weight" in names
     assert not any(name.startswith("module.") or "_orig_mod" in name for name in names)
     assert checkpoint.load_state(latest)["step"] == 22
 
 
-def test_the_best_checkpoint_stays(make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_checkpoint_stays(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Validation losses that rise after the second: its checkpoint outlives `keep`."""
     from trainer.evaluate import Loss
 
@@ -140,7 +169,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(make_config: MakeConfig, tmp_pat
     }]  # fmt: skip
     assert losses(half) == losses(tmp_path / "whole")
     for name in ("model.safetensors", "training_state.pt"):
-        assert (half / "checkpoints/latest" / name).read_bytes() == (tmp_path / "whole/checkpoints/latest" / name).read_bytes()
+        assert (half / "checkpoints/latest" / name).read_bytes() == (
+            tmp_path / "whole/checkpoints/latest" / name
+        ).read_bytes()
 
 
 def test_with_no_checkpoint_a_resumed_run_begins(make_config: MakeConfig, tmp_path: Path) -> None:
@@ -174,7 +205,9 @@ def poison(monkeypatch: pytest.MonkeyPatch, bad: set[int]) -> None:
     def one_step(run: Any, batches: Any) -> None:
         handle = None
         if run.step + 1 in bad:
-            handle = run.model.final_norm.register_forward_hook(lambda module, args, output: output * float("inf"))
+            handle = run.model.final_norm.register_forward_hook(
+                lambda module, args, output: output * float("inf")
+            )
         original(run, batches)
         if handle is not None:
             handle.remove()
@@ -182,7 +215,9 @@ def poison(monkeypatch: pytest.MonkeyPatch, bad: set[int]) -> None:
     monkeypatch.setattr(loop, "_one_step", one_step)
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_shown(make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_is_not_finite_is_skipped_and_shown(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     poison(monkeypatch, {5, 6})
     out = tmp_path / "out"
     assert train(make_config(), out) == 0
@@ -194,7 +229,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_shown(make_config: MakeConfig,
     assert "NaN" not in (out / "metrics.jsonl").read_text()
 
 
-def test_too_many_of_them_end_the_run(make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_of_them_end_the_run(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     poison(monkeypatch, set(range(6, 100)))
     out = tmp_path / "out"
     assert train(make_config(train={"steps": 40}, data={"validation": []}), out) == 4
@@ -205,7 +242,9 @@ def test_too_many_of_them_end_the_run(make_config: MakeConfig, tmp_path: Path, m
     assert all(bool(torch.isfinite(tensor).all()) for tensor in checkpoint.weights(latest).values())
 
 
-def test_bad_input_is_refused_in_one_sentence(make_config: MakeConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_refused_in_one_sentence(
+    make_config: MakeConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "cut.bin").write_bytes(b"abc")
     cases: list[tuple[dict[str, dict[str, Any]], str, str]] = [
         ({"train": {"microbatch_size": 3}}, "config", "train.microbatch_size"),
@@ -239,7 +278,9 @@ def test_a_device_that_is_not_here_is_refused(make_config: MakeConfig, tmp_path:
     assert "train.device" in status(tmp_path / "out")["message"]
 
 
-def test_a_stop_ends_with_a_checkpoint_and_can_be_resumed(make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_ends_with_a_checkpoint_and_can_be_resumed(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     original = loop._one_step
 
@@ -267,7 +308,12 @@ def test_training_begins_with_the_first_shard_and_waits_for_the_next(
 ) -> None:
     late, out = tmp_path / "late.bin", tmp_path / "out"
     write_bin(tmp_path / "early.bin", list(range(200)) * 4)  # 24 sequences: three steps
-    config = make_config(data={"train": [str(tmp_path / "early.bin"), str(late)], "train_tokens": [800, probe(token_shards["second"]).tokens]})
+    config = make_config(
+        data={
+            "train": [str(tmp_path / "early.bin"), str(late)],
+            "train_tokens": [800, probe(token_shards["second"]).tokens],
+        }
+    )
     said: list[dict[str, Any]] = []
     waited = threading.Event()
     original = loop.Run.tell
@@ -307,6 +353,12 @@ def test_muon_and_all_switches_train(make_config: MakeConfig, tmp_path: Path) ->
     assert train(config, tmp_path / "out") == 0
     found = losses(tmp_path / "out")
     assert found[30] < found[1] - 1
-    assert train(make_config(model=model, train={"optimizer": "muon", "schedule": "wsd", "steps": 30}), tmp_path / "again") == 0
+    assert (
+        train(
+            make_config(model=model, train={"optimizer": "muon", "schedule": "wsd", "steps": 30}),
+            tmp_path / "again",
+        )
+        == 0
+    )
     assert losses(tmp_path / "again") == found
     assert MODEL["n_heads"] == 2

@@ -202,9 +202,12 @@ def test_corrupted_bytes_are_fetched_once_more_and_then_refused(server, tmp_path
 
 
 def test_a_file_that_changes_between_two_ranges_is_begun_anew(server, tmp_path):
-    server.tricks["/a.bin"] = lambda handler, span, count: handler.serve(
-        BODY, span, etag='"old"' if count < 4 else '"new"'
-    )
+    def change(handler, span, count):
+        handler.serve(
+            *((BODY[::-1], span) if count < 4 else (BODY, span)), etag='"old"' if count < 4 else '"new"'
+        )
+
+    server.tricks["/a.bin"] = change
     assert fetch(tmp_path, item(server, tmp_path, sha256=None)) == 0
     assert (tmp_path / "data" / "a.bin").read_bytes() == BODY
 

@@ -1,6 +1,6 @@
 """What the supervisor judges by, on a virtual clock."""
 
-import json
+import ast
 import math
 import os
 import signal
@@ -280,8 +280,6 @@ def test_the_node_side_is_standard_library_only_and_python_3_10():
     loaded = subprocess.run(
         [sys.executable, "-S", "-c", code], cwd=root, capture_output=True, text=True, check=True
     )
-    assert loaded.stdout.split() == ["__main__", "trainer"] or loaded.stdout.split() == ["trainer"]
+    assert set(loaded.stdout.split()) <= {"__main__", "trainer"}
     for name in ("supervise", "supervisor", "watchdog", "processes", "interruption", "pull"):
-        source = (root / "trainer" / f"{name}.py").read_text()
-        compile(source, name, "exec", dont_inherit=True)
-        assert json.dumps(source).count("datetime.UTC") == 0
+        ast.parse((root / "trainer" / f"{name}.py").read_text(), feature_version=(3, 10))
