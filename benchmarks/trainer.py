@@ -155,10 +155,7 @@ def worker(variant):
 
 def start(variant):
     command = [sys.executable, __file__, "worker", json.dumps(variant)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    )
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     while process.stdout.readline().strip() != "ready":
         if process.poll() is not None:
             raise SystemExit(f"the worker for {variant} ended with {process.returncode}")

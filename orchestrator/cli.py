@@ -1,4 +1,7 @@
-"""The program `llmctl`: its commands in panels, and the one boundary at which every error gets its exit code."""
+"""The program `llmctl`: the one boundary at which every error gets its exit code, and the footer under every command.
+
+`status --json` and nothing else needs no argument parser: it prints stored rows, and is done before one would be loaded.
+"""
 
 from __future__ import annotations
 
@@ -7,46 +10,12 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from orchestrator import exits
-from orchestrator.commands import data, finish, hidden, models, results, start, watch
-from orchestrator.errors import Failure, failure
 
-app = typer.Typer(
-    name="llmctl",
-    help="Pretrain GPT-style models on rented GPU nodes: one command, one honest bill.",
-    epilog=exits.epilog(),
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-for module in (start, watch, finish, results, models, data, hidden):
-    module.register(app)
-
-
-def _version(value: bool) -> None:
-    if value:
-        from importlib.metadata import version
-
-        sys.stdout.write(f"llmctl {version('llmctl')}\n")
-        raise typer.Exit
-
-
-@app.callback()
-def root(
-    *,
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where a command fails.")] = False,
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
-    ] = False,
-) -> None:
-    """Pretrain GPT-style models on rented GPU nodes: one command, one honest bill."""
-    del version
-    if debug:
-        os.environ["LLMCTL_DEBUG"] = "1"
+if TYPE_CHECKING:
+    from orchestrator.errors import Failure
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -54,20 +23,43 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in own(words)
     try:
-        code = app(args=[word for word in words if word != "--debug"] if debug else words, prog_name="llmctl",
-                   standalone_mode=False)  # fmt: skip
-    except typer.Abort:
-        code = _report(Failure(exits.USAGE, "declined", "nothing was done"), words)
+        code = _run(words, debug=debug)
     except Exception as error:  # the boundary: nothing behind it would show the error
         if debug:
             raise
-        code = _report(failure(error), words)
+        code = _report(_read(error), words)
     if _talkative(words):
         from orchestrator import footer
 
         footer.show()
     _flush()
     raise SystemExit(code if isinstance(code, int) else exits.OK)
+
+
+def _run(words: Sequence[str], *, debug: bool) -> Any:
+    """The command's exit code, or None."""
+    if plain_status(words):
+        from orchestrator import show
+
+        return show.print_status(words[1] if words[1:2] and not words[1].startswith("-") else None)
+    from orchestrator.app import app
+
+    rest = [word for word in words if word != "--debug"] if debug else list(words)
+    return app(args=rest, prog_name="llmctl", standalone_mode=False)
+
+
+def plain_status(words: Sequence[str]) -> bool:
+    """Whether the command line is `status [RUN] --json` or `status [RUN] -o json`."""
+    tail = list(words[2:] if words[1:2] and not words[1].startswith("-") else words[1:])
+    return list(words[:1]) == ["status"] and tail in (["--json"], ["-o", "json"])
+
+
+def _read(error: Exception) -> Failure:
+    from orchestrator.errors import Failure, failure
+
+    if type(error).__name__ == "Abort":
+        return Failure(exits.USAGE, "declined", "nothing was done")
+    return failure(error)
 
 
 def own(words: Sequence[str]) -> list[str]:

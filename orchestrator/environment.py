@@ -191,9 +191,9 @@ def gpu_problem(gpus: object, offer: Offer) -> str | None:
 
 
 def _memory_problem(gpus: list[dict[str, Any]], offer: Offer) -> str | None:
-    from trainer.gpus import TABLE
+    from trainer.gpus import GPUS
 
-    known = TABLE.get(offer.gpu or "")
+    known = GPUS.get(offer.gpu or "")
     least = min(gpu["memory_mib"] for gpu in gpus)
     # Boards report a little less than the name says (ECC, reserved pages).
     if known is not None and least / 1024 < 0.9 * known.memory_gib:

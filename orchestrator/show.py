@@ -30,6 +30,40 @@ def status(store: Store, run: str | None = None) -> list[dict[str, Any]]:
     return [_document(store.home, row) for row in rows] + unowned(store, rows)
 
 
+def print_status(word: str | None) -> int:
+    """`status [RUN] --json`, straight to stdout. Raises NoSuchRun, Usage."""
+    import json
+    import sys
+
+    from runs.store import default_home
+
+    home = default_home()
+    rows: list[dict[str, Any]] = []
+    if word is not None or (home / "llmctl.db").exists():
+        store = Store(home)
+        rows = status(store, find(store, word) if word is not None else None)
+    sys.stdout.write(json.dumps(rows, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    return 0
+
+
+def find(store: Store, word: str | None) -> str:
+    """The run that `word` means. Raises NoSuchRun, or Usage where a prefix is not unique."""
+    from orchestrator.errors import NoSuchRun, Usage
+
+    try:
+        run = store.find(word)
+    except LookupError as error:
+        raise Usage(
+            f"{word!r} is the beginning of several runs: {error}", "write more of the one you mean"
+        ) from None
+    if run is None:
+        what = f"no run is called {word!r}" if word else "there are no runs yet"
+        raise NoSuchRun(
+            what, "`llmctl status` lists the runs" if word else "`llmctl launch SPEC` starts one", run=word
+        )
+    return run
+
+
 def _document(home: Path, row: dict[str, Any]) -> dict[str, Any]:
     live = row["state"] in LIVE
     return status_document(row, driver_alive=live and held(driver_lock(run_dir(home, row["run"]))))

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from orchestrator.clock import Clock
@@ -98,9 +99,7 @@ class Watch:
                 if self.seen.ready is None:
                     self.seen.ready = self._login()
                     for name, mirror in self._mirrors.items():
-                        self._spawn(
-                            lambda name=name, mirror=mirror: self._mirror(name, mirror), f"mirror {name}"
-                        )  # type: ignore[misc]
+                        self._spawn(partial(self._mirror, name, mirror), f"mirror {name}")
                 self._poll()
                 self._contact(reachable=True)
                 pause = POLL_SECONDS

@@ -178,7 +178,7 @@ def partition(
     pieces: list[tuple[Phase, datetime, datetime]] = []
     for at, rank, change in [*changes, (end, 0, 0)]:
         if at > since:
-            phase = next((PHASES[index] for index, count in enumerate(active) if count), "idle")
+            phase: Phase = next((PHASES[index] for index, count in enumerate(active) if count), "idle")
             if pieces and pieces[-1][0] == phase:
                 pieces[-1] = (phase, pieces[-1][1], at)
             else:

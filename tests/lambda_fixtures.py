@@ -26,7 +26,7 @@ from provisioning import keys, lambda_cloud
 from provisioning.base import Home, LaunchRequest
 from provisioning.lambda_cloud import LambdaCloud
 from runs.facts import Marker, Offer, Tariff
-from tests.lambda_server.server import LambdaServer
+from tests.lambda_server.server import PREFIX, LambdaServer
 from tests.lambda_server.switches import Switches
 from tests.lambda_server.world import Machine
 
@@ -35,6 +35,11 @@ CLIENT = keys.generate("llmctl")
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACE = 0.05
 """Real seconds in a virtual one, unless a test says otherwise: a launch every 0.6 s, three looks in 3 s."""
+
+
+def named(row: dict[str, Any]) -> str:
+    """A request's method and path, without and with the prefix of the API's paths."""
+    return f"{row['method']} {row['path']} {row['method']} {PREFIX}{row['path']}"
 
 
 class Cloud:
@@ -118,8 +123,7 @@ class Cloud:
 
     def sent(self, match: str) -> list[dict[str, Any]]:
         """Requests whose `METHOD /path` contains `match`: {method, path, at, status, effect}."""
-        rows = self.state()["requests"]
-        return [row for row in rows if match in f"{row['method']} {row['path']}"]
+        return [row for row in self.state()["requests"] if match in named(row)]
 
     def wait_for(self, what: Callable[[Cloud], Any], seconds: float = 60.0) -> Any:
         """The first truthy `what(cloud)`."""
@@ -145,6 +149,7 @@ class Cloud:
         finally:
             self._process.terminate()
             assert self._process.wait(60) == 0
+        assert state["unfired"] == [], "these faults never happened: the test shows nothing"
         if not self._may_violate:
             assert state["violations"] == []
         if not self._may_bill:
@@ -223,7 +228,7 @@ class Paper:
 
     def sent(self, match: str) -> list[dict[str, Any]]:
         """Requests whose `METHOD /path` contains `match`."""
-        return [row for row in self.server.requests if match in f"{row['method']} {row['path']}"]
+        return [row for row in self.server.requests if match in named(row)]
 
     @property
     def machines(self) -> list[Machine]:
@@ -237,6 +242,7 @@ def paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Paper]:
     made = Paper(tmp_path, monkeypatch)
     yield made
     made.server.stop()
+    assert made.server.armed == made.server.fired, "some faults never happened: the test shows nothing"
     if not made.may_violate:
         assert made.server.violations == []
     if not made.may_bill:

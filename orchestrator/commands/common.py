@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from orchestrator.errors import NoSuchRun, Usage
+from orchestrator.show import find as find_run
 from runs.store import Store, default_home
 
 if TYPE_CHECKING:
@@ -147,22 +148,6 @@ def confirm(question: str, *, yes: bool) -> bool:
 def open_store(home: Path | None = None) -> Store:
     """The store of this LLMCTL_HOME."""
     return Store(home or default_home())
-
-
-def find_run(store: Store, word: str | None) -> str:
-    """The run that `word` means. Raises NoSuchRun, or Usage where a prefix is not unique."""
-    try:
-        run = store.find(word)
-    except LookupError as error:
-        raise Usage(
-            f"{word!r} is the beginning of several runs: {error}", "write more of the one you mean"
-        ) from None
-    if run is None:
-        what = f"no run is called {word!r}" if word else "there are no runs yet"
-        raise NoSuchRun(
-            what, "`llmctl status` lists the runs" if word else "`llmctl launch SPEC` starts one", run=word
-        )
-    return run
 
 
 def find_record(store: Store, word: str | None) -> RunRecord:

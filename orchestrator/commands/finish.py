@@ -19,12 +19,12 @@ from orchestrator.commands.common import (
     answer,
     confirm,
     find_record,
-    find_run,
     interactive,
     machine,
     open_store,
     tell,
 )
+from orchestrator.show import find as find_run
 
 PANEL = "Finish"
 

@@ -14,11 +14,11 @@ from orchestrator.commands.common import (
     add,
     answer,
     find_record,
-    find_run,
     machine,
     open_store,
     print_json,
 )
+from orchestrator.show import find as find_run
 
 PANEL = "Watch"
 

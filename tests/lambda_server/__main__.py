@@ -22,13 +22,20 @@ def main() -> None:
     parser.add_argument("--switches", type=Path, help="JSON file with switches")
     parser.add_argument("--attached", action="store_true")
     arguments = parser.parse_args()
-    switches = Switches.model_validate_json(arguments.switches.read_text()) if arguments.switches else Switches()
+    switches = (
+        Switches.model_validate_json(arguments.switches.read_text()) if arguments.switches else Switches()
+    )
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
     server = LambdaServer(arguments.state, switches, port=arguments.port).start()
     assert server.nodes is not None
-    facts = {"url": server.url, "admin": server.address, "key": server.key, "ports": str(server.nodes.ports_file)}
+    facts = {
+        "url": server.url,
+        "admin": server.address,
+        "key": server.key,
+        "ports": str(server.nodes.ports_file),
+    }
     print(json.dumps(facts), flush=True)
     if arguments.attached:
         threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()

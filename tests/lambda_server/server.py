@@ -47,6 +47,8 @@ class LambdaServer:
         self.violations: list[str] = []
         self.clock = clock
         self.last: dict[str, float] = {}
+        self.fired: set[str] = set()
+        self.armed: set[str] = set()
         self._http = ThreadingHTTPServer(("127.0.0.1", port), _Handler)
         self._http.daemon_threads = True
         self._http.owner = self  # type: ignore[attr-defined]
@@ -86,10 +88,11 @@ class LambdaServer:
                 self.world.advance()
 
     def fault(self, method: str, path: str) -> Fault | None:
-        """The next fault that is meant for this request; it is used up."""
+        """The next fault that is meant for this request, with or without the prefix of its path; it is used up."""
         world = self.world
         for index, fault in enumerate(world.switches.faults):
-            if fault.match in f"{method} {path}":
+            if fault.match in f"{method} {path} {method} {PREFIX}{path}":
+                self.fired.add(f"{fault.kind} on {fault.match!r}")
                 left = [*world.switches.faults]
                 left[index] = fault.model_copy(update={"times": fault.times - 1})
                 world.set({"faults": [item.model_dump() for item in left if item.times > 0]})
@@ -154,7 +157,9 @@ class LambdaServer:
             world.set(body)
         elif path == "/admin/fault" and body:
             faults = [item.model_dump() for item in world.switches.faults]
-            world.set({"faults": [*faults, Fault.model_validate(body).model_dump()]})
+            fault = Fault.model_validate(body)
+            self.armed.add(f"{fault.kind} on {fault.match!r}")
+            world.set({"faults": [*faults, fault.model_dump()]})
         elif path == "/admin/kill" and body:
             world.kill(body["id"], body["how"])
         elif path == "/admin/foreign" and body:
@@ -179,6 +184,7 @@ class LambdaServer:
             "ledger": world.ledger(),
             "requests": self.requests,
             "violations": self.violations,
+            "unfired": sorted(self.armed - self.fired),
             "switches": world.switches.model_dump(),
             "keys": world.keys,
         }

@@ -17,6 +17,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--only", type=int, help="one schedule, by its own seed")
+    parser.add_argument("--no-shrink", action="store_true", help="report the first failure as it is")
     options = parser.parse_args()
     began = time.monotonic()
     if options.only is not None:
@@ -24,7 +25,9 @@ def main() -> int:
             failure, _ = try_plan(make(options.only), shared)
         failure, done = (shrink(failure) if failure else None), 1
     else:
-        done, failure = campaign(options.schedules, options.seed, processes=options.processes)
+        done, failure = campaign(
+            options.schedules, options.seed, processes=options.processes, smallest=not options.no_shrink
+        )
     print(
         f"{done} schedules in {time.monotonic() - began:.1f} s: {'one failed' if failure else 'all invariants hold'}"
     )

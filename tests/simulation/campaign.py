@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import shutil
 import tempfile
-import time
 import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -104,25 +103,29 @@ def batch(seeds: Sequence[int]) -> tuple[int, Failure | None]:
 
 
 def campaign(
-    schedules: int, seed: int, *, processes: int = 2, seconds: float | None = None
+    schedules: int, seed: int, *, processes: int = 2, smallest: bool = True
 ) -> tuple[int, Failure | None]:
-    """Run many schedules; how many were run, and the first failure, shrunk. With `seconds`, no longer than that."""
+    """Run many schedules; how many were run, and the first failure, shrunk unless `smallest` is false."""
     first = seed * 10_000_019
     batches = [
         range(start, min(start + A_STORE, first + schedules))
         for start in range(first, first + schedules, A_STORE)
     ]
-    began, done = time.monotonic(), 0
-    with ProcessPoolExecutor(processes, mp_context=get_context("forkserver")) as pool:
-        for count, failure in pool.map(batch, batches):
+    done, failure = 0, None
+    if processes == 1:
+        for seeds in batches:
+            count, failure = batch(seeds)
             done += count
             if failure is not None:
-                pool.shutdown(cancel_futures=True)
-                return done, shrink(failure)
-            if seconds is not None and time.monotonic() - began > seconds:
-                pool.shutdown(cancel_futures=True)
                 break
-    return done, None
+    else:
+        with ProcessPoolExecutor(processes, mp_context=get_context("forkserver")) as pool:
+            for count, failure in pool.map(batch, batches):
+                done += count
+                if failure is not None:
+                    pool.shutdown(cancel_futures=True)
+                    break
+    return done, shrink(failure) if failure is not None and smallest else failure
 
 
 def every_place(plan: Plan) -> tuple[int, Failure | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -233,12 +234,24 @@ def test_the_loss_is_the_same_on_two_processes(make: Any, tmp_path: Path) -> Non
     }
     started = []
     for name, config in configs.items():
-        argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        argv += ["-m", f"trainer.after.{name}", "--config", str(config), "--out", str(tmp_path / f"{name}-2")]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        started.append(
-            subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
+        with socket.socket() as free:  # what torchrun does, without a third process of its own
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        for rank in range(2):
+            env = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                   "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+            argv = [
+                sys.executable,
+                "-m",
+                f"trainer.after.{name}",
+                "--config",
+                str(config),
+                "--out",
+                str(tmp_path / f"{name}-2"),
+            ]
+            started.append(
+                subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            )
     for name, module in scripts.items():
         assert tune(module, configs[name], tmp_path / f"{name}-1") == 0
     for process in started:
@@ -252,6 +265,33 @@ def test_the_loss_is_the_same_on_two_processes(make: Any, tmp_path: Path) -> Non
             )
             assert [step for step, _ in one] == [step for step, _ in two]
             assert [loss for _, loss in one] == pytest.approx([loss for _, loss in two], abs=1e-4)
+
+
+def test_the_supervisor_runs_it_and_the_program_reads_what_it_wrote(make: Any, tmp_path: Path) -> None:
+    from runs.metrics import State, fold_lines
+
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(make("instruction", {"epochs": 2, "patience": 9}).read_text())
+    argv = [sys.executable, "-m", "trainer.after.finetune", "--config", "config.json", "--out", "."]
+    env = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    (run / "job.json").write_text(json.dumps({"token": "t1", "argv": argv, "env": env, "max_restarts": 0}))
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer", "supervise", "start", "--run", str(run)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr + (run / "train.log").read_text()
+    told = json.loads((run / "supervisor.json").read_text())
+    assert (told["state"], told["reason"], told["step"]) == ("ended", "finished", 6)
+    state = fold_lines(State(), (run / "metrics.jsonl").read_bytes().splitlines())
+    best = min((line["validation_loss"], line["step"]) for line in records(run, "checkpoint"))
+    assert state.bad_lines == 0 and state.best() == best[::-1]
+    assert state.summary()["step"] == 6 and state.summary()["parameters"] == sum(
+        t.numel() for t in bases.load(run / "checkpoints" / "latest").weights.values()
+    )
+    assert {item.phase for item in state.intervals} >= {"training", "evaluating"}
 
 
 def test_an_epoch_has_every_example_once_in_an_order_of_its_own() -> None:

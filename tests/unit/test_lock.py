@@ -36,13 +36,12 @@ def test_a_second_process_waits_outside_and_children_inherit_nothing(tmp_path: P
     holder = _holder(path)
     try:
         assert holder.stdout is not None
-        child = int(holder.stdout.readline())
+        assert int(holder.stdout.readline()) > 0
         assert held(path)
         assert not Lock(path).acquire()
     finally:
         holder.kill()
         holder.wait()
-    assert Path(f"/proc/{child}").exists() or True
     lock = Lock(path)
     assert lock.acquire(patience=10.0)  # though the child of the dead holder may still live
     with Lock(path) as mine:
@@ -83,7 +82,7 @@ def test_ending_ends_the_process_that_is_meant_and_no_other() -> None:
         ).end()  # a later process with the same pid: left alone
         assert process.poll() is None
         assert ProcessId(process.pid, started, boot_id()).end()
-        assert process.wait(10) == -9
+        assert not ProcessId(process.pid, started, boot_id()).alive()
         assert ProcessId(process.pid, started, boot_id()).end()
     finally:
         process.kill()

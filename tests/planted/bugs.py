@@ -1,0 +1,208 @@
+"""The bugs: what is changed where, and which tests must notice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Bug:
+    """`edits` are (file, old text, new text); each of `seen_by` must fail: `simulation`, or a file of tests."""
+
+    name: str
+    edits: tuple[tuple[str, str, str], ...]
+    seen_by: tuple[str, ...]
+
+
+LIFE, EFFECTS, VERDICT = "orchestrator/life.py", "orchestrator/effects.py", "orchestrator/verdict.py"
+WORLD, TERMS = "orchestrator/world.py", "orchestrator/terms.py"
+FOLD, CHARGES, STORE, LOCK = "runs/fold.py", "runs/charges.py", "runs/store.py", "runs/lock.py"
+TEST_LIFE, TEST_EFFECTS = "tests/unit/test_life.py", "tests/unit/test_effects.py"
+
+BUGS = (
+    Bug(
+        "the call comes before the intent",
+        (
+            (
+                EFFECTS,
+                "        request = self.request(run, marker, effect.offer)\n",
+                "        request = self.request(run, marker, effect.offer)\n        early = self.provider.launch(request)\n",
+            ),
+            (EFFECTS, "            node_id = self.provider.launch(request)\n", "            node_id = early\n"),
+        ),
+        ("simulation", TEST_EFFECTS),
+    ),
+    Bug(
+        "a launch without an answer is sent again",
+        (
+            (
+                EFFECTS,
+                'outcome = e.LaunchAmbiguous(at=self.clock.now(), message=f"{error.code}: {error}")',
+                "outcome = e.LaunchAnswered(at=self.clock.now(), id=self.provider.launch(request))",
+            ),
+        ),
+        ("simulation",),
+    ),
+    Bug(
+        "an accepted termination is taken for the end",
+        (
+            (
+                EFFECTS,
+                "answer = e.TerminateAnswered(at=clock.now(), accepted=True)",
+                'answer = e.NodeGone(at=clock.now(), evidence="accepted")',
+            ),
+        ),
+        ("simulation", TEST_EFFECTS),
+    ),
+    Bug(
+        "one look is enough to give an intent up",
+        (
+            (
+                WORLD,
+                "len(times) >= max(1, self.traits.looks) and times[-1] - since >= enough",
+                "len(times) >= 1",
+            ),
+        ),
+        ("simulation", TEST_LIFE),
+    ),
+    Bug(
+        "a node that is missing from one list is gone",
+        (
+            (
+                LIFE,
+                "        again = tried + backoff(",
+                "        if world.inventory is not None and world.inventory.at >= tried and found is None:\n"
+                '            return w.DeclareGone(node.key, "not listed")\n'
+                "        again = tried + backoff(",
+            ),
+        ),
+        (TEST_LIFE,),
+    ),
+    Bug(
+        "a young node that is not found is gone",
+        ((EFFECTS, "if not (young and node.status is None):", "if node is not None:"),),
+        ("simulation", TEST_EFFECTS),
+    ),
+    Bug(
+        "a superseded driver may write",
+        ((STORE, "                if newest > epoch:", "                if newest > epoch + 10**9:"),),
+        ("simulation", "tests/unit/test_store.py"),
+    ),
+    Bug(
+        "a late arrival is left alone",
+        ((LIFE, "        if since is None:\n", "        if since is None or node.gone_at is None:\n"),),
+        ("simulation", TEST_LIFE),
+    ),
+    Bug(
+        "an abandoned name is used again",
+        ((VERDICT, "for item in run.attempts), default=0) + 1", "for item in run.attempts), default=1)"),),
+        ("simulation", TEST_LIFE),
+    ),
+    Bug(
+        "release does not wait for the collection",
+        ((LIFE, 'if here and job is not None and job.state == "done":', "if job is None or here:"),),
+        ("simulation", TEST_LIFE),
+    ),
+    Bug(
+        "a collection of an earlier attempt is believed",
+        ((LIFE, "        job = None  # an earlier attempt's", "        pass"),),
+        (TEST_LIFE,),
+    ),
+    Bug(
+        "a stop is ignored while the node boots",
+        (
+            (
+                LIFE,
+                "if attempt.token is None and (run.stop is not None or run.cancelled):",
+                "if attempt.token is None and run.cancelled:",
+            ),
+        ),
+        ("simulation", TEST_LIFE),
+    ),
+    Bug(
+        "the budget is not looked at",
+        (
+            (
+                TERMS,
+                "    if run.max_micro_usd:\n",
+                "    if run.max_micro_usd and run.max_micro_usd > 10**15:\n",
+            ),
+        ),
+        ("simulation", TEST_LIFE),
+    ),
+    Bug(
+        "a kept node is kept for ever",
+        ((LIFE, "(node.kept_until is not None and now >= node.kept_until)", "node.kept_until == now"),),
+        ("simulation", TEST_LIFE),
+    ),
+    Bug(
+        "nobody looks at a node that trains",
+        ((LIFE, "        yield _watch(run, world, now)\n", ""),),
+        ("simulation", TEST_LIFE),
+    ),
+    Bug(
+        "a dead trainer is started for ever, and at once",
+        (
+            (LIFE, "    if attempt.starts > MAX_STARTS:", "    if attempt.starts > 10**9:"),
+            (LIFE, "return w.StartTrainer(token, end) if left <= 0 else", "return w.StartTrainer(token, end) if left < 10**9 else"),
+        ),
+        ("simulation", TEST_LIFE),
+    ),
+    Bug(
+        "the bill ends when the node was seen to be gone",
+        ((CHARGES, "return node.terminate_accepted_at or node.gone_at, True", "return node.gone_at, True"),),
+        ("tests/unit/test_charges.py",),
+    ),
+    Bug(
+        "the bill begins when the node was seen to be active, however long nobody looked",
+        ((CHARGES, "start = node.active_not_before or node.active_at", "start = node.active_at"),),
+        ("simulation", "tests/unit/test_charges.py"),
+    ),
+    Bug(
+        "an acceptance that led to nothing ends the bill",
+        (
+            (
+                FOLD,
+                'believed = node.terminate_accepted_at if node.status == "terminating" else None',
+                "believed = node.terminate_accepted_at",
+            ),
+        ),
+        ("simulation", "tests/unit/test_charges.py"),
+    ),
+    Bug(
+        "each phase is rounded by itself",
+        (
+            (
+                CHARGES,
+                "bill.micro_usd if index == len(pieces) - 1 else price(",
+                "price(",
+            ),
+        ),
+        ("simulation", "tests/unit/test_charges.py"),
+    ),
+    Bug(
+        "a second resume takes the stop back",
+        ((FOLD, '    if run.outcome in {None, "succeeded"}:', '    if run.outcome == "succeeded":'),),
+        ("tests/unit/test_fold.py",),
+    ),
+    Bug(
+        "a checkpoint that was made again is forgotten here",
+        ((FOLD, "    if old is not None and old.fetched and not same:", "    if old is not None and not old:"),),
+        ("tests/unit/test_fold.py",),
+    ),
+    Bug(
+        "a row is not what its events make of it",
+        ((STORE, "            runs[run] = fold_run(before, event)", "            runs[run] = before or fold_run(before, event)"),),
+        ("simulation", "tests/unit/test_store.py"),
+    ),
+    Bug(
+        "a failed commit leaves half of itself",
+        ((STORE, '        self._db.execute(f"BEGIN {kind}")\n', ""), (STORE, '            self._db.execute("COMMIT")\n', "")),
+        ("tests/unit/test_store.py",),
+    ),
+    Bug(
+        "any process with that pid is the old driver",
+        ((LOCK, "abs(process.create_time() - self.start_time) < 1.0", "process.pid == self.pid"),),
+        ("tests/unit/test_lock.py",),
+    ),
+)  # fmt: skip

@@ -1,0 +1,122 @@
+"""What people read: figures, columns that fit, bars, and nothing that a node could make a terminal do."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from orchestrator import figures, render_live, render_show, render_watch
+from orchestrator.figures import dollars, duration, sane, spark
+from orchestrator.render import Column, fitting
+from orchestrator.render_compare import cell
+from tests.seeds import Seed, at
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "-"), (0, "$0.00"), (0.0123, "$0.0123"), (1.5, "$1.50"), (12345.678, "$12,345.68")],
+)
+def test_dollars(value: float | None, text: str) -> None:
+    assert dollars(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (None, "-"),
+        (3.21, "3.2s"),
+        (59, "59s"),
+        (200, "3m20s"),
+        (7500, "2h05m"),
+        (273_600, "3d04h"),
+        (math.inf, "-"),
+    ],
+)
+def test_durations(seconds: float | None, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_counts_and_sizes() -> None:
+    assert [figures.count(value) for value in (None, 950, 12_345, 163_009_536, 3.26e9)] == [
+        "-",
+        "950",
+        "12.3K",
+        "163M",
+        "3.26B",
+    ]
+    assert figures.size(1_234_567_890) == "1.23 GB"
+
+
+def test_what_a_node_prints_cannot_drive_the_terminal() -> None:
+    evil = "\x1b[2J\x1b]0;title\x07loss\x1b[31m 2.5\x1b[0m\r\x08\x9b1m\x1b]8;;http://x\x1b\\go\x1b(B\ttab\n"
+    clean = sane(evil)
+    assert "\x1b" not in clean and "\r" not in clean and "\x9b" not in clean and "\x08" not in clean
+    assert "loss 2.5" in clean and "go" in clean and "\ttab\n" in clean
+
+
+def test_what_is_unknown_is_never_zero() -> None:
+    assert [cell(key, None) for key in ("validation_loss", "cost_usd", "mfu", "tokens")] == ["-"] * 4
+    assert cell("cost_usd", 0.0) == "$0.00"
+
+
+def test_a_sparkline_falls_with_the_loss_and_survives_nan() -> None:
+    line = spark([5.0, 4.0, 3.0, math.nan, 1.0], 5)
+    assert line[0] == "█" and line[-1] == "▁" and line[3] == " "
+    assert spark([], 10) == "" and spark([math.nan], 10) == "" and spark([2.0, 2.0], 2) == "▁▁"
+
+
+def test_columns_that_do_not_fit_go_in_the_order_of_their_worth() -> None:
+    columns = [Column("A", str, keep=9), Column("B", str, keep=2), Column("C", str, keep=5)]
+    cells = [["aaaa", "bbbb", "cccc"]]
+    assert fitting(columns, cells, 80) == [0, 1, 2]
+    assert fitting(columns, cells, 12) == [0, 2]
+    assert fitting(columns, cells, 5) == [0]
+
+
+def test_columns_that_are_empty_everywhere_are_left_out() -> None:
+    columns = [Column("A", str, keep=9), Column("B", str), Column("C", str)]
+    assert fitting(columns, [["x", "-", "1"], ["y", "", "2"]], 80) == [0, 2]
+
+
+def test_the_waterfall_shows_each_span_where_it_was() -> None:
+    assert render_show.waterfall([(0, 50)], 0, 100, 10) == "█████     "
+    assert render_show.waterfall([(50, 100)], 0, 100, 10) == "     █████"
+    assert render_show.waterfall([(99.99, 100)], 0, 100, 10) == "         █"
+    assert render_show.waterfall([(0, 0)], 0, 0, 4) == "█   "
+
+
+def test_the_bars_of_a_run_add_up_to_its_bill_and_show_the_lanes(tmp_path: Path) -> None:
+    rows = render_show.bars(Seed(tmp_path).finished().record, at(10_000))
+    assert sum(row.micro_usd or 0 for row in rows) == 2_520_000
+    labels = [row.label for row in rows]
+    assert labels[:2] == ["booting", "preparing"] and "  data" in labels
+    lane = next(row for row in rows if row.label == "  data")
+    assert lane.seconds == pytest.approx(18)
+
+
+@pytest.mark.parametrize("columns", [20, 60, 200])
+def test_a_status_line_fits_and_keeps_what_matters(tmp_path: Path, columns: int) -> None:
+    row = Seed(tmp_path).rented().trained(step=40).store.summary("demo-0001")
+    assert row is not None
+    text = render_live.fit(render_live.status_line(row, None), columns)
+    assert len(text) <= columns
+    assert text.startswith("demo-0001")
+    assert ("ETA" in text) is (columns == 200)
+
+
+@pytest.mark.parametrize("columns", [60, 200])
+def test_a_watched_run_fits(tmp_path: Path, columns: int) -> None:
+    from orchestrator import show
+
+    seed = Seed(tmp_path).rented().trained(step=40).logged()
+    (row,) = show.status(seed.store)
+    block = render_watch.block(seed.store, row, columns)
+    assert max(len(line) for line in block.splitlines()) <= columns
+    assert "40/100" in block and "loss █" in block
+
+
+def test_every_event_can_be_told(tmp_path: Path) -> None:
+    for _, _, body in Seed(tmp_path).finished().store.history("demo-0001"):
+        assert render_live.describe(body)
