@@ -74,7 +74,8 @@ def plain(node: Node, names: list[str], source: Path, target: Path, count: int, 
         process.stdin.write("".join(f"{name}\n" for name in group).encode())
         process.stdin.close()
         running.append(process)
-    if any([process.wait() for process in running]):
+    statuses = [process.wait() for process in running]
+    if any(statuses):
         raise SystemExit("a plain rsync failed")
 
 
@@ -92,25 +93,10 @@ def files(node: Node, folder: Path, megabytes: int, rounds: int) -> list[dict[st
         for name, size in wanted:
             (source / name).write_bytes(os.urandom(size << 20))
         names = [name for name, _ in wanted]
-        total = sum(size for _, size in wanted)
         for pull in (False, True):
-            best: dict[str, float] = {}
-
-            def note(way: str, spent: float, best: dict[str, float] = best) -> None:
-                best[way] = min(spent, best.get(way, spent))
-
-            for _ in range(rounds):
-                for count in STREAMS if len(names) > 1 else (1,):
-                    target = empty(folder)
-                    note(
-                        f"plain {count}",
-                        seconds(lambda c=count, t=target: plain(node, names, source, t, c, pull=pull)),
-                    )
-                with node.remote() as remote:
-                    warm(remote)
-                    target = empty(folder)
-                    note("ours", seconds(lambda t=target, r=remote: ours(r, names, source, t, pull=pull)))
+            best = race(node, names, folder, rounds, pull=pull)
             limit = min((spent, way) for way, spent in best.items() if way != "ours")
+            total = sum(size for _, size in wanted)
             rows.append(
                 {
                     "what": f"{what}, {'pull' if pull else 'push'}",
@@ -122,6 +108,24 @@ def files(node: Node, folder: Path, megabytes: int, rounds: int) -> list[dict[st
             )
             show(rows[-1])
     return rows
+
+
+def race(node: Node, names: list[str], folder: Path, rounds: int, *, pull: bool) -> dict[str, float]:
+    """The best seconds of each way to move the files."""
+    source, best = folder / "source", dict[str, float]()
+    for _ in range(rounds):
+        for count in STREAMS if len(names) > 1 else (1,):
+            target, way = empty(folder), f"plain {count}"
+            started = time.monotonic()
+            plain(node, names, source, target, count, pull=pull)
+            best[way] = min(best.get(way, 1e9), time.monotonic() - started)
+        with node.remote() as remote:
+            warm(remote)
+            target = empty(folder)
+            started = time.monotonic()
+            ours(remote, names, source, target, pull=pull)
+            best["ours"] = min(best.get("ours", 1e9), time.monotonic() - started)
+    return best
 
 
 def ours(remote: Remote, names: list[str], source: Path, target: Path, *, pull: bool) -> None:
@@ -254,7 +258,7 @@ def main() -> None:
     asked = parser.parse_args()
     if rsync.installed() is None or not openssh.available():
         raise SystemExit("this benchmark compares with rsync over OpenSSH; both must be installed")
-    memory = Path("/dev/shm")  # noqa: S108  # memory, so that no disk is measured
+    memory = Path("/dev/shm")  # memory, so that no disk is measured
     found: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as name:
         folder = Path(name)

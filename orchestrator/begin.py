@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator import attend, render, requests
 from orchestrator.clock import Clock, SystemClock
-from orchestrator.driver import spawn
+from orchestrator.driver import driver_alive, spawn
 from orchestrator.errors import Invalid, Usage
 from orchestrator.figures import percent, size
 from orchestrator.render_live import Screen
@@ -91,6 +92,20 @@ def begin(store: Store, plan: Plan, limits: Limits, *, on_node: str | None = Non
     sources.save_plan(data, run_dir(store.home, run) / "data.json")
     spawn(store.home, run)
     return run
+
+
+def wait_for_driver(home: Path, run: str, clock: Clock, patience: float = 10.0) -> bool:
+    """Whether a driver has taken the run within `patience` seconds: so that `--detach` leaves nothing unwatched."""
+    never, start = threading.Event(), clock.monotonic()
+    while not (taken := driver_alive(home, run)) and clock.monotonic() - start < patience:
+        clock.wait(never, 0.05)
+    return taken
+
+
+def state_of(store: Store, run: str) -> str:
+    """The run's state as it is stored now."""
+    row = store.summary(run)
+    return str(row["state"]) if row else "planned"
 
 
 def kept_node(store: Store, word: str) -> str:

@@ -213,19 +213,23 @@ class Puller:
                     self._take(remote, directory, item, weights_only=first)
 
     def background(self, remote: Remote, directory: str, run: RunRecord) -> None:
-        """Begin to pull the newest announced checkpoint (all of them, oldest first, where all are wanted)."""
+        """Begin to pull the newest announced checkpoint, then the best (all, oldest first, where all are wanted)."""
         if self._thread is not None and self._thread.is_alive():
             return
         now = self._clock.monotonic()
+        wanted = run.available if run.spec["checkpoint"]["fetch"] == "all" else [run.latest, run.best]
         waiting = [
             item
-            for item in run.available
-            if not item.fetched and run.attempt and item.attempt == run.attempt.number
+            for item in wanted
+            if item is not None
+            and not item.fetched
+            and run.attempt is not None
+            and item.attempt == run.attempt.number
+            and now - self._tried.get((item.step, item.sha256), -1e9) > 30
         ]
-        waiting = [item for item in waiting if now - self._tried.get((item.step, item.sha256), -1e9) > 30]
         if not waiting:
             return
-        item = waiting[0] if run.spec["checkpoint"]["fetch"] == "all" else waiting[-1]
+        item = waiting[0]
 
         def work() -> None:
             self._tried[item.step, item.sha256] = now
@@ -249,6 +253,13 @@ class Puller:
             if item.dropped and item.step in self._whole:
                 shutil.rmtree(self.folder / manifest.directory_name(item.step), ignore_errors=True)
                 self._whole.pop(item.step, None)
+        if self._thread is None or not self._thread.is_alive():
+            for partial in self.folder.glob(".step-*.partial"):
+                step = manifest.step_of(partial.name[1:].removesuffix(".partial"))
+                if (
+                    step not in run.checkpoints or run.checkpoints[step].dropped
+                ):  # a transfer that will not be continued
+                    shutil.rmtree(partial, ignore_errors=True)
         mine = [item.step for item in run.checkpoints.values() if item.path]
         if mine:
             for word, step in (("latest", max(mine)), ("best", run.best.step if run.best else max(mine))):

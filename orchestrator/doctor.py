@@ -98,7 +98,7 @@ def _program(name: str, arguments: list[str]) -> Check:
             "rsync": "transfers compare content hashes instead",
         }
         return Check(
-            name,
+            f"program {name}",
             True,
             f"not installed: {instead[name]}",
             f"sudo apt install {package}  (macOS: brew install {name})",
@@ -106,9 +106,9 @@ def _program(name: str, arguments: list[str]) -> Check:
     try:
         told = subprocess.run([path, *arguments], capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return Check(name, False, f"{path} does not run: {error}", f"install {name} again")
+        return Check(f"program {name}", False, f"{path} does not run: {error}", f"install {name} again")
     version = re.search(r"(OpenSSH_\S+|version \S+|openrsync\S*[^\n]*)", told.stdout + told.stderr)
-    return Check(name, True, f"{path} {version[1].rstrip(',') if version else ''}".rstrip())
+    return Check(f"program {name}", True, f"{path} {version[1].rstrip(',') if version else ''}".rstrip())
 
 
 def _clock() -> Check:

@@ -79,3 +79,20 @@ def table(
 def comparable(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two scores may be set against each other: only those of one panel."""
     return bool(one["panel"] == other["panel"])
+
+
+def results(table: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """For each model the name and content of the evaluation that belongs into its run's record; the name has the panel in
+    it, so that scores of different panels never stand in one column. Models without a score have none."""
+    name = f"judge {table['judge']} {table['panel']}"
+    return {
+        line["model"]: {
+            "kind": "judge",
+            "name": name,
+            "repeats": table["repeats"],
+            "interval": table["interval"],
+            **line,
+        }
+        for line in table["rows"]
+        if line["score"] is not None
+    }

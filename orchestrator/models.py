@@ -256,6 +256,15 @@ def until(texts: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
         yield held
 
 
+def identity(path: Path) -> str:
+    """What changes with a model's weights: the hash of its manifest, or of its weight files where it has none."""
+    from trainer import manifest
+
+    if (path / manifest.NAME).exists():
+        return manifest.digest(path)
+    return _sha256("".join(manifest.sha256(file) for file in sorted(path.glob("*.safetensors"))).encode())
+
+
 def facts(opened: Opened) -> dict[str, Any]:
     """What a row about the model says of it."""
     from trainer import flops

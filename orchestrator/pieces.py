@@ -24,7 +24,7 @@ PART, DONE = ".llmctl-part", ".llmctl-done"
 def sha256(path: str) -> str:
     """Hex, of a file's content."""
     digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
+    with open(path, "rb", buffering=0) as file:  # noqa: PTH123  # a Path for each of a thousand files takes its time
         while True:
             block = file.read(BLOCK)
             if not block:
@@ -45,12 +45,15 @@ def look(path: str, *, hashed: bool = False) -> list[Any] | None:
 
 def tree(root: str) -> list[str]:
     """The regular files under `root`, relative, sorted; links are left alone, and what a transfer left behind too."""
-    names = []
-    for folder, _, files in os.walk(root):
-        for name in files:
-            path = Path(folder, name)
-            if stat.S_ISREG(path.lstat().st_mode) and not name.endswith((PART, DONE)):
-                names.append(path.relative_to(root).as_posix())
+    names, folders = [], [""]
+    while folders:
+        folder = folders.pop()
+        with os.scandir(f"{root}/{folder}") as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(f"{folder}{entry.name}/")
+                elif entry.is_file(follow_symlinks=False) and not entry.name.endswith((PART, DONE)):
+                    names.append(folder + entry.name)
     return sorted(names)
 
 

@@ -235,6 +235,7 @@ class NodeSite:
             known = run.checkpoints.get(item.step)
             if (
                 known is None
+                or known.dropped
                 or known.sha256 != item.sha256
                 or (known.path and (item.weights_only or known.fetched))
             ):

@@ -32,8 +32,8 @@ from orchestrator.remote import Remote, node_path
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes to do."""
 Method = Literal["unchanged", "rsync", "pieces", "rsync+pieces"]
-LARGE = 32 << 20
-"""From here on a file goes in pieces: one rsync fills one SSH channel only."""
+LARGE = 1 << 20
+"""From here on a file goes in pieces: one rsync fills one SSH channel only, and costs more of the processor."""
 _TREE = "llmctl/.trees"
 
 
@@ -119,10 +119,10 @@ def push_tree(
     is compared with the one that the node remembers for this very folder."""
     started = time.monotonic()
     target = node_path(node_dir)
-    names = [name for name in pieces.tree(str(local_dir)) if "__pycache__" not in PurePosixPath(name).parts]
+    names = [name for name in pieces.tree(str(local_dir)) if "__pycache__/" not in name]
     digest = hashlib.sha256()
     for name in names:
-        digest.update(f"{name}\0{pieces.sha256(str(local_dir / name))}\n".encode())
+        digest.update(f"{name}\0{pieces.sha256(f'{local_dir}/{name}')}\n".encode())
     note = f"{_TREE}/{hashlib.sha256(target.encode()).hexdigest()[:24]}"
     state = 'd=$(ls -di -- "$1" 2>/dev/null) && '
     known = remote.run(

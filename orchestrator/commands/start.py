@@ -130,6 +130,7 @@ def launch(
     """Create the run, start its driver, and follow it. Ctrl-C stops following; the run goes on."""
     from orchestrator import begin
     from orchestrator import plan as planning
+    from orchestrator.clock import SystemClock
 
     machine_reads = machine(as_json, output)
     wanted = planning.read(spec, assignments or [])
@@ -150,7 +151,12 @@ def launch(
         return 130
     run = begin.begin(store, made, limits, on_node=on)
     if detach:
-        answer({"run": run, "state": "planned"}, as_json=machine_reads, human=lambda: begin.say_detached(run))
+        begin.wait_for_driver(store.home, run, SystemClock())
+        answer(
+            {"run": run, "state": begin.state_of(store, run)},
+            as_json=machine_reads,
+            human=lambda: begin.say_detached(run),
+        )
         return 0
     return begin.follow(store, run, as_json=machine_reads, cancels=True)
 
@@ -173,8 +179,8 @@ def resume(
     limits = begin.Limits.read(wait, max_usd)
     requests.resume(store, record, SystemClock(), max_usd=limits.max_usd, wait_seconds=limits.wait_seconds)
     if detach:
-        state = store.summary(record.run) or {"state": record.state}
-        document = {"run": record.run, "state": state["state"]}
+        begin.wait_for_driver(store.home, record.run, SystemClock())
+        document = {"run": record.run, "state": begin.state_of(store, record.run)}
         answer(document, as_json=machine(as_json, output), human=lambda: begin.say_detached(record.run))
         return 0
     return begin.follow(store, record.run, as_json=machine(as_json, output))

@@ -96,7 +96,7 @@ BUGS = (
     Bug(
         "an abandoned name is used again",
         ((VERDICT, "for item in run.attempts), default=0) + 1", "for item in run.attempts), default=1)"),),
-        ("simulation", TEST_LIFE),
+        (TEST_LIFE,),
     ),
     Bug(
         "release does not wait for the collection",
@@ -146,7 +146,7 @@ BUGS = (
             (LIFE, "    if attempt.starts > MAX_STARTS:", "    if attempt.starts > 10**9:"),
             (LIFE, "return w.StartTrainer(token, end) if left <= 0 else", "return w.StartTrainer(token, end) if left < 10**9 else"),
         ),
-        ("simulation", TEST_LIFE),
+        (TEST_LIFE,),
     ),
     Bug(
         "the bill ends when the node was seen to be gone",

@@ -75,6 +75,7 @@ class Cloud:
     def __init__(
         self,
         plan: Plan,
+        *,
         time: Callable[[float], float],
         date: Callable[[float], datetime],
         passage: Callable[[str], None],

@@ -85,7 +85,14 @@ class Schedule:
         ground.runs += 1
         self.boxes: dict[str, Box] = {}
         self.here: dict[int, str] = {}
-        self.cloud = Cloud(plan, self.elapse, self.date, self.passage, self.checked, self.fault)
+        self.cloud = Cloud(
+            plan,
+            time=self.elapse,
+            date=self.date,
+            passage=self.passage,
+            checked=self.checked,
+            fault=self.fault,
+        )
         self.rules = Rules(self)
         self.epoch = 0
 
@@ -170,8 +177,9 @@ class Schedule:
             self.rules.refused(previous.hands.store, previous.hands.epoch)
             previous.hands.store.close()
         site = Nodes(
-            self.plan, self.cloud, self.boxes, self.here, self.elapse, self.date, self.passage, self.fault
-        )
+            self.plan, self.cloud, self.boxes, self.here,
+            time=self.elapse, date=self.date, passage=self.passage, fault=self.fault,
+        )  # fmt: skip
         return Driver(self.run, Hands(store, self.cloud, site, self, self.epoch, self.request))
 
     def request(self, run: RunRecord, marker: Marker, offer: Offer) -> LaunchRequest:

@@ -124,6 +124,7 @@ class Nodes:
         cloud: Cloud,
         boxes: dict[str, Box],
         here: dict[int, str],
+        *,
         time: Callable[[float], float],
         date: Callable[[float], datetime],
         passage: Callable[[str], None],

@@ -90,6 +90,13 @@ class Rules:
             fresh = run.attempt is None or run.attempt.starts <= 1
             stopping = run.stop is not None and run.stop.at < self.s.now() and self._older(run, answer)
             _hold(not (stopping and fresh), f"{type(answer).__name__} though the run is to stop")
+        if isinstance(answer, w.Abandon):
+            given_up = run.node(answer.key)
+            assert given_up is not None
+            patience = (self.s.now() - given_up.intended_at).total_seconds()
+            _hold(
+                patience >= self.s.cloud.traits.look_seconds, f"{answer.key} is given up after {patience} s"
+            )
         living: dict[str, int] = {}
         for machine in self.s.cloud.machines.values():
             if machine.alive(self.s.t):

@@ -18,7 +18,7 @@ import torch
 
 from tests.trainer.conftest import records, status
 from trainer import checkpoint, manifest
-from trainer.after import bases, classify, dpo, epochs, examples, finetune
+from trainer.after import bases, classify, dpo, epochs, examples, finetune, lora, settings
 from trainer.after.epochs import rows_of_step
 from trainer.checkpoint import Snapshot
 from trainer.config import DataConfig, ModelConfig, TrainConfig, TrainerConfig
@@ -78,6 +78,13 @@ def make(base: Path, tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
 def tune(module: Any, config: Path, out: Path, *more: str) -> int:
     code: int = module.main(["--config", str(config), "--out", str(out), *more])
     return code
@@ -133,11 +140,11 @@ def test_the_loss_counts_the_response_only_unless_told_otherwise(
 @pytest.mark.parametrize(
     ("kind", "module"), [("instruction", finetune), ("classification", classify), ("preference", dpo)]
 )
-@pytest.mark.parametrize("lora", [None, {"rank": 4, "alpha": 8, "targets": ["query", "value", "up"]}])
+@pytest.mark.parametrize("adapters", [None, {"rank": 4, "alpha": 8, "targets": ["query", "value", "up"]}])
 def test_an_interrupted_run_carries_on_exactly(
     make: Any, tmp_path: Path, kind: str, module: Any, lora: Any
 ) -> None:
-    top = {"lora": lora, **({"classes": ["a", "b"]} if kind == "classification" else {})}
+    top = {"lora": adapters, **({"classes": ["a", "b"]} if kind == "classification" else {})}
     train = {"epochs": 2, "drop_rate": 0.1, "patience": 9, "learning_rate": 3e-3}
     config = make(kind, train, **top, checkpoint={"every_steps": 1, "every": None, "keep": 100})
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -155,7 +162,7 @@ def test_an_interrupted_run_carries_on_exactly(
     states = [checkpoint.load_state(out / "checkpoints" / "step-000006") for out in (whole, broken)]
     for key, entries in states[0]["optimizer"].items():
         assert all(torch.equal(tensor, states[1]["optimizer"][key][name]) for name, tensor in entries.items())
-    assert bool(states[0]["adapters"]) == (lora is not None)
+    assert bool(states[0]["adapters"]) == (adapters is not None)
 
 
 def test_lora_trains_few_parameters_and_its_checkpoint_is_a_whole_model(
@@ -175,6 +182,21 @@ def test_lora_trains_few_parameters_and_its_checkpoint_is_a_whole_model(
     before, after = bases.load(base).weights, bases.load(out / "checkpoints" / "latest").weights
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {f"blocks.{i}.attention.{part}.weight" for i in range(2) for part in ("query", "value")}
+    gpt = bases.assemble(MODEL, before)
+    adapters = lora.Adapters(gpt, settings.LoraConfig(rank=2, alpha=4, targets=["query", "value"]), seed=0)
+    adapters.load(out / "adapter.safetensors")
+    best = bases.load(out / "checkpoints" / "best").weights
+    assert all(torch.equal(tensor[: len(best[name])], best[name]) for name, tensor in lora.plain_weights(gpt))
+
+
+def test_weights_that_are_not_numbers_end_the_run(make: Any, base: Path, tmp_path: Path) -> None:
+    weights = {name: tensor * float("nan") for name, tensor in bases.load(base).weights.items()}
+    checkpoint.write(tmp_path, Snapshot(1, weights, {}, {}), bases.load(base).config)
+    config = make("instruction", {"epochs": 9, "patience": 99}, base=str(tmp_path / "step-000001"))
+    assert tune(finetune, config, tmp_path / "out") == 4
+    told = status(tmp_path / "out")
+    assert told["reason"] == "non_finite" and "10 steps in a row, up to step 10" in told["message"]
+    assert [line["loss"] for line in records(tmp_path / "out", "step")] == [None] * 10
 
 
 def test_a_classifier_learns_its_classes_and_opens_again(make: Any, tmp_path: Path) -> None:
@@ -232,26 +254,24 @@ def test_the_loss_is_the_same_on_two_processes(make: Any, tmp_path: Path) -> Non
         name: make(kind, {"epochs": 2, "microbatch_size": 1, "patience": 9})
         for name, kind in (("finetune", "instruction"), ("dpo", "preference"))
     }
-    started = []
+    # What torchrun does, without a third process of its own; each of the two runs both scripts.
+    script = "import os, sys; from trainer.after import dpo, finetune\n"
     for name, config in configs.items():
-        with socket.socket() as free:  # what torchrun does, without a third process of its own
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        for rank in range(2):
-            env = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-                   "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
-            argv = [
-                sys.executable,
-                "-m",
-                f"trainer.after.{name}",
-                "--config",
-                str(config),
-                "--out",
-                str(tmp_path / f"{name}-2"),
-            ]
-            started.append(
-                subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        script += f"os.environ['MASTER_PORT'] = '{free_port()}'\n"
+        script += f"assert {name}.main(['--config', {str(config)!r}, '--out', {str(tmp_path / name)!r} + '-2']) == 0\n"
+    started = []
+    for rank in range(2):
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+               "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}  # fmt: skip
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-c", script],
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
             )
+        )
     for name, module in scripts.items():
         assert tune(module, configs[name], tmp_path / f"{name}-1") == 0
     for process in started:

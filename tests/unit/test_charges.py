@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -170,7 +171,7 @@ def test_partition_covers_each_moment_once_by_rank(
     pieces = charges.partition(start, end, spans)  # type: ignore[arg-type]
     assert pieces[0][1] == start
     assert pieces[-1][2] == end
-    for (_, _, before), (_, after, _) in zip(pieces, pieces[1:], strict=False):
+    for (_, _, before), (_, after, _) in pairwise(pieces):
         assert before == after
     for phase, a, b in pieces:
         assert a < b or start == end
@@ -191,9 +192,9 @@ def test_charges_sum_to_the_bill_and_are_never_negative(
     story.nodes[KEY] = node.model_copy(update={"offer": node.offer.model_copy(update={"tariff": tariff})})
     zero, last, intervals = at(0).timestamp(), 0.0, []
     for start, seconds in sorted(spans):
-        start = max(start, last)
-        last = start + seconds
-        intervals.append(("training", zero + start, zero + last))
+        begin = max(start, last)
+        last = begin + seconds
+        intervals.append(("training", zero + begin, zero + last))
     story.tell(e.ProgressSeen(at=story.now, summary={}, intervals=tuple(intervals))).after(lived)
     items = charges.charges(story.record, story.now)
     assert sum(item.micro_usd for item in items) == charges.total(story.record, story.now)

@@ -103,8 +103,12 @@ def test_doctor_does_without_ssh_and_rsync_and_says_what_it_uses(
     monkeypatch.delenv("LAMBDA_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     checks = {item.name: item for item in doctor.examine()}
-    assert checks["ssh"].ok and "not installed" in checks["ssh"].detail and checks["ssh"].hint
-    assert checks["rsync"].ok and "hashes" in checks["rsync"].detail
+    assert (
+        checks["program ssh"].ok
+        and "not installed" in checks["program ssh"].detail
+        and checks["program ssh"].hint
+    )
+    assert checks["program rsync"].ok and "hashes" in checks["program rsync"].detail
 
 
 def test_a_refused_account_is_4() -> None:

@@ -123,6 +123,11 @@ def test_the_table_is_exact_and_a_second_call_asks_nothing(
     assert (table["prompt_tokens"], table["completion_tokens"]) == (1200, 120)
     assert table["cost_usd"] == pytest.approx(12 * (100 * 2.5 + 10 * 10) / 1e6)  # 12 × 350 micro-dollars
     assert state.keys == {"Bearer a-key"} and state.most_together <= 4
+    result = judge_table.results(table)["good"]
+    assert result["name"] == f"judge stub-judge {table['panel']}" and (result["kind"], result["score"]) == (
+        "judge",
+        91.5,
+    )
     again = judge(QUESTIONS, RESPONSES, endpoint(url), tmp_path, repeats=3)
     assert again == table and len(state.seen) == 12
     more = judge(QUESTIONS, RESPONSES, endpoint(url), tmp_path, repeats=4)
@@ -185,6 +190,7 @@ def test_an_item_that_nobody_can_read_has_no_part_in_the_result(stub: Any, tmp_p
     state.fault = lambda _question, _before: completion("no idea")
     nothing = judge(QUESTIONS, RESPONSES, endpoint(url), tmp_path / "other", repeats=1)
     assert [(line["score"], line["low"], line["items"]) for line in nothing["rows"]] == [(None, None, 0)] * 3
+    assert judge_table.results(nothing) == {}
 
 
 def test_what_was_answered_before_a_failure_stays(stub: Any, tmp_path: Path) -> None:

@@ -148,6 +148,12 @@ def test_what_is_no_model_is_said(tmp_path: Path, ours: Path) -> None:
         open_model(broken)
 
 
+def test_a_model_is_known_by_its_weights(ours: Path, theirs: Path, tmp_path: Path) -> None:
+    assert models.identity(ours) == models.identity(write(tmp_path / "same"))
+    other = write(tmp_path / "other", ModelConfig(**{**vars(MODEL), "n_heads": 4}))
+    assert len({models.identity(path) for path in (ours, other, theirs)}) == 3
+
+
 def test_a_model_on_the_hub_is_fetched_by_name(theirs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError

@@ -50,7 +50,7 @@ def test_history_makes_a_prediction_and_a_budget_that_it_exceeds_refuses(home: P
     planning.refuse(made)
     poor = planning.make(seed.store, spec(home), Limits(max_usd=0.5))
     assert poor.exit_code == 5
-    with pytest.raises(OverBudget, match="exceeds"):
+    with pytest.raises(OverBudget, match="over the budget"):
         planning.refuse(poor)
 
 

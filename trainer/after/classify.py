@@ -31,7 +31,7 @@ def build(path: Path) -> Work[Labelled]:
         config=trainer_config(settings, start.model, len(held.train), tuned), settings=settings.train,
         module=Classifier(start.gpt, len(settings.classes), settings.train.seed), columns=Classifier.columns,
         train=held.train, validation=held.validation, test=held.test, weigh=lambda _item: 1,
-        length=lambda item: len(item.tokens), collate=batch.labelled, announce=script.facts(settings, start, adapters),
+        length=lambda item: len(item.tokens), collate=batch.labelled, adapters=adapters, announce=script.facts(settings, start, adapters),
     )  # fmt: skip
 
 

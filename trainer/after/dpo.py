@@ -44,7 +44,7 @@ def build(path: Path) -> Work[Preferred]:
         settings=settings.train, module=module, columns=Preference.columns, train=held.train, validation=held.validation,
         test=held.test, weigh=lambda _item: 1, collate=collate, begin=begin,
         length=lambda item: 2 * len(item.prompt) + len(item.chosen) + len(item.rejected) - 2,
-        announce={**script.facts(settings, start, adapters), "beta": settings.beta},
+        adapters=adapters, announce={**script.facts(settings, start, adapters), "beta": settings.beta},
     )  # fmt: skip
 
 

@@ -17,6 +17,9 @@ from trainer.loop import SKIPPED_IN_A_ROW, NonFiniteError
 from trainer.progress import finite, log, step_line, write_json
 from trainer.session import Mark, peak_memory_gib
 
+ADAPTERS = "adapter.safetensors"
+"""The best epoch's adapters, beside the checkpoints that have them merged."""
+
 
 def train(session: Session[Example]) -> bool:
     """All epochs, until the validation loss rises. True: stopped on request."""
@@ -167,6 +170,8 @@ def evaluate(session: Session[Example]) -> None:
             "checkpoint_step": step, **_named(work.columns[1:], means[1:]),
         })  # fmt: skip
     if here.rank == 0:
+        if work.adapters is not None:
+            work.adapters.save(session.out / ADAPTERS)
         write_json(session.out / "evaluations.json", {"test_sets": results, "samples": []})
         for item in results:
             log(

@@ -30,7 +30,7 @@ def build(path: Path) -> Work[Answered]:
         config=trainer_config(settings, start.model, len(held.train), tuned), settings=settings.train,
         module=Completion(start.gpt), columns=Completion.columns, train=held.train, validation=held.validation, test=held.test,
         weigh=weigh, length=lambda item: len(item.prompt) + len(item.response) - 1,
-        collate=lambda rows: batch.answered(rows, mask_prompt=mask), announce=script.facts(settings, start, adapters),
+        collate=lambda rows: batch.answered(rows, mask_prompt=mask), adapters=adapters, announce=script.facts(settings, start, adapters),
     )  # fmt: skip
 
 

@@ -44,6 +44,8 @@ class Work(Generic[Example]):
     """Examples as one batch on the CPU; None fills up and counts nothing."""
     begin: Callable[[World], None] = lambda _here: None
     """Called once the base's weights are on the device, before anything is trained."""
+    adapters: lora.Adapters | None = None
+    """Kept as a file of their own at the end, where there are any."""
     announce: dict[str, Any] = field(default_factory=dict)
     """More facts for the metrics' first line."""
 
