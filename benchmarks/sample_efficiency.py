@@ -1,6 +1,6 @@
 """How many tokens `speedrun` needs for the loss that `gpt2` has after N.
 
-    python benchmarks/sample_efficiency.py --text FILE… [--steps 600] [--out DIR]
+    python benchmarks/sample_efficiency.py --text FILE… [--steps 300]
 
 Trains both recipes on bytes of the given text, and of the running Python's standard library, on the CPU: `gpt2` for
 N steps at each of three learning rates, of which the best counts, `speedrun` for N/2 at its one. The held-out tenth
@@ -69,7 +69,7 @@ def final_loss(recipe, data, *, steps, learning_rate, out: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--text", nargs="*", type=Path, default=[])
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=300)
     options = parser.parse_args()
     library = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     corpora = {"python-stdlib": b"".join(path.read_bytes() for path in library)[:4_000_000]}
@@ -79,7 +79,7 @@ def main() -> None:
         folder = Path(name)
         for corpus, text in corpora.items():
             data = shards(corpus, text, folder)
-            for rate in (1e-3, 2e-3, 4e-3):
+            for rate in (2e-3, 4e-3, 8e-3):
                 loss = final_loss(
                     GPT2, data, steps=options.steps, learning_rate=rate, out=folder / f"{corpus}-gpt2-{rate}"
                 )

@@ -199,8 +199,12 @@ def main():
     )
     print(f"{model}, {len(os.sched_getaffinity(0))} threads, torch {torch.__version__}")
     if options.what == "ratio":
-        plain, ours = compare(*RATIO, options.rounds)
-        print(f"plain compiled GPT-2 {plain:,.0f} tok/s, this trainer {ours:,.0f} tok/s: {ours / plain:.3f}x")
+        for precision in ("fp32", "bf16"):
+            plain, ours = compare(RATIO[0], {**RATIO[1], "precision": precision}, options.rounds)
+            print(
+                f"plain compiled GPT-2, fp32: {plain:,.0f} tok/s; this trainer, {precision}: {ours:,.0f} tok/s; {ours / plain:.3f}x",
+                flush=True,
+            )
         return
     variant = RUNGS[0][1]
     print("| change | before, tok/s | after, tok/s | ratio |\n|---|---|---|---|")

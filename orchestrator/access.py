@@ -10,7 +10,7 @@ from orchestrator.connection import Address
 from provisioning import keys
 from provisioning.base import Home, LaunchRequest, Traits
 from runs.facts import Marker, Offer
-from runs.record import NodeRecord, RunRecord
+from runs.record import NodeRecord
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Access:
             accept_new=not self.injected,
         )
 
-    def request(self, run: RunRecord, marker: Marker, offer: Offer) -> LaunchRequest:
+    def request(self, marker: Marker, offer: Offer) -> LaunchRequest:
         """The launch request of one node. Its host key is pinned before the node exists."""
         pair = keys.host_key(self.home.path, marker.key) if self.injected else None
         if pair is not None:
@@ -61,5 +61,5 @@ class Access:
             public_key=keys.public_key(self.identity_file),
             host_private_key=pair.private if pair else None,
             host_public_key=pair.public if pair else None,
-            options={**self.hardware, "self_terminate": run.spec["node"]["self_terminate"]},
+            options=dict(self.hardware),
         )

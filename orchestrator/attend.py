@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from orchestrator import exits, follow, requests
 from orchestrator.clock import Clock
@@ -15,15 +17,16 @@ from runs.store import Store
 
 
 def attend(
-    home: Path, run: str, clock: Clock, screen: Screen, *, lines: int | None = None, cancels: bool = False
-) -> int:
+    home: Path, run: str, clock: Clock, screen: Screen, *, lines: int | None = None, cancels: bool = False,
+    keep_going: Callable[[dict[str, Any]], bool] | None = None,
+) -> int:  # fmt: skip
     """Follow `run` until it is over; the exit code of what it came to.
 
     Ctrl-C ends the following and not the run, says so, and returns 101. With `cancels` (a launch) it cancels the run as
     long as nothing was rented, and returns 130.
     """
     try:
-        screen.play(follow.follow(home, run, clock, lines=lines))
+        screen.play(follow.follow(home, run, clock, lines=lines, keep_going=keep_going))
     except KeyboardInterrupt:
         return _interrupted(home, run, clock, cancels=cancels)
     store = Store(home)

@@ -167,7 +167,7 @@ def say_detached(run: str) -> None:
 def follow(store: Store, run: str, *, as_json: bool, cancels: bool = False) -> int:
     """Follow a run to its end and say what came of it: the `show` document, or a few lines. Returns the exit code."""
     from orchestrator import show
-    from orchestrator.commands.common import print_json
+    from orchestrator.show import print_json
     from runs.store import utcnow
 
     sys.stderr.write(f"{run}: following; Ctrl-C stops following, not the run\n")

@@ -256,9 +256,8 @@ class Puller:
         if self._thread is None or not self._thread.is_alive():
             for partial in self.folder.glob(".step-*.partial"):
                 step = manifest.step_of(partial.name[1:].removesuffix(".partial"))
-                if (
-                    step not in run.checkpoints or run.checkpoints[step].dropped
-                ):  # a transfer that will not be continued
+                known = run.checkpoints.get(step) if step is not None else None
+                if known is None or known.dropped:  # a transfer that will not be continued
                     shutil.rmtree(partial, ignore_errors=True)
         mine = [item.step for item in run.checkpoints.values() if item.path]
         if mine:

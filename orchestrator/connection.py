@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from provisioning import keys
-from runs.facts import NodeFacts
 
 if TYPE_CHECKING:
     import paramiko
@@ -142,17 +141,6 @@ class CommandTimeout(RemoteError):
     def __init__(self, command: str, seconds: float, result: Result) -> None:
         super().__init__(f"`{command}` did not end within {seconds:g} s; its processes were ended")
         self.result = result
-
-
-def address_of(
-    home: Path, node: NodeFacts, *, identity_file: Path | None = None, accept_new: bool = False
-) -> Address:
-    """How to reach `node` from the LLMCTL_HOME `home`; without `identity_file` with this home's own key."""
-    if node.ip is None:
-        raise NodeUnreachable(f"{node.name} has no address yet", hint="it is still booting")
-    key = node.key or node.id
-    identity = identity_file.expanduser() if identity_file else keys.client_key(home)
-    return Address(node.ip, node.port, node.user, identity, keys.known_hosts(home, key), key, accept_new)
 
 
 class Link:

@@ -66,7 +66,7 @@ def build(
     """Everything that drives one run."""
     home, run = Home(store.home, store.owner), record.run
     spec = specs.from_dict(dict(record.spec), "the stored spec")
-    hardware = dict(record.spec["hardware"])
+    hardware = {**record.spec["hardware"], "self_terminate": spec.node.self_terminate}
     provider = open_provider(record.provider, home, hardware)
     plan = plan_of(home.path, run, spec)
     access = Access(home, hardware, provider.traits)

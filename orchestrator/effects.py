@@ -118,7 +118,7 @@ class Hands:
     site: Site
     clock: Clock
     epoch: int
-    request: Callable[[RunRecord, Marker, Offer], LaunchRequest]
+    request: Callable[[Marker, Offer], LaunchRequest]
     """Builds the launch request of a marker: keys, options of the spec's hardware section."""
     sight: Sight = field(default_factory=Sight)
 
@@ -234,7 +234,7 @@ class Hands:
         lease = lease_minutes(effect.lease_end)
         marker = Marker(run=run.run, attempt=effect.attempt, index=effect.index, lease_end=lease)
         stream = e.node_stream(marker.key)
-        request = self.request(run, marker, effect.offer)
+        request = self.request(marker, effect.offer)
         self.commit(
             (
                 stream,

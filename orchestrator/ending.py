@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import secrets
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator import attend, exits, render, requests
+from orchestrator.begin import bar
 from orchestrator.clock import Clock
+from orchestrator.errors import Unverified
 from orchestrator.figures import dollars, size
 from orchestrator.render_live import Screen
 from runs.rows import usd
 from runs.store import Store, utcnow
 
 if TYPE_CHECKING:
-    from runs.record import RunRecord
+    from runs.record import CheckpointRecord, RunRecord
 
 
 def stop(store: Store, run: RunRecord, clock: Clock, *, now: bool, as_json: bool) -> int:
@@ -22,12 +25,13 @@ def stop(store: Store, run: RunRecord, clock: Clock, *, now: bool, as_json: bool
     over = run.outcome is not None and all(node.settled for node in run.nodes)
     if not over:
         requests.stop(store, run, clock, now=now)
-        code = attend.attend(store.home, run.run, clock, Screen(log=False))
+        watch = requests.taker(store.home, run.run, clock) if now else None
+        code = attend.attend(store.home, run.run, clock, Screen(log=False), keep_going=watch)
     after = store.record(run.run) or run
     result = _ended(after) if over or code not in {exits.UNFINISHED, exits.MAY_BILL} else code
     if as_json:
         from orchestrator import show
-        from orchestrator.commands.common import print_json
+        from orchestrator.show import print_json
 
         print_json(show.show(store, after, utcnow()))
     else:
@@ -72,14 +76,38 @@ def fetch_checkpoint(
     wanted = which or run.spec["checkpoint"]["fetch"]
     wanted = "best" if wanted == "none" else wanted
     chosen = fetch.choose(run, wanted)
-    del quiet
-    wholes = fetch.fetch(store, run, chosen, to=to, weights_only=weights_only)
+    sound = [_sound(run, item) for item in chosen]
+    with bar() as progress:
+        told = None if quiet else lambda done, total: progress("checkpoint", done, total)
+        wholes = fetch.fetch(store, run, sound, to=to, weights_only=weights_only, progress=told)
     documents = [
         {"run": run.run, "step": item.step, "path": str(item.path), "sha256": item.sha256, "bytes": item.bytes,
          "verified": True}
         for item in wholes
     ]  # fmt: skip
     return documents if wanted == "all" else documents[0]
+
+
+def _sound(run: RunRecord, item: CheckpointRecord) -> CheckpointRecord:
+    """A checkpoint whose files here, if any, have the checksums of its manifest. Damaged ones are set aside, and it is as
+    if they had never come. Raises Unverified where that leaves nothing to have it from."""
+    from trainer import manifest
+
+    if item.path is None or not (Path(item.path) / manifest.NAME).exists():
+        return item
+    folder = Path(item.path)
+    listed = manifest.read(folder).files
+    present = [entry for entry in listed if (folder / entry.name).is_file()]
+    bad = [entry.name for entry in present if manifest.sha256(folder / entry.name) != entry.sha256]
+    if not bad:
+        return item
+    if not any(node.ip and not node.settled for node in run.nodes):
+        raise Unverified(
+            f"{folder}: {', '.join(bad)} is not what its manifest says, and the node that had it is gone",
+            f"take another one: `llmctl fetch-checkpoint {run.run} --which all` tells which are whole", run=run.run,
+        )  # fmt: skip
+    folder.rename(folder.with_name(f"{folder.name}.damaged-{secrets.token_hex(3)}"))
+    return item.model_copy(update={"path": None})
 
 
 def say_checkpoints(document: dict[str, Any] | list[dict[str, Any]]) -> None:

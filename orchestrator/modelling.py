@@ -72,7 +72,7 @@ def find(store: Store, word: str, which: str) -> Found:
             "name a run, or a step-NNNNNN folder",
         )
     from orchestrator import fetch
-    from orchestrator.commands.common import find_record
+    from orchestrator.show import find_record
 
     record = find_record(store, word)
     if which == "all":

@@ -89,10 +89,14 @@ def open_model(
 
     need_torch()
     path = locate(word, store=store, which=which)
+    from trainer import hf
+    from trainer.after.bases import refuse_variants
     from trainer.config import ConfigError
     from trainer.sample import load_model
 
     try:
+        if hf.is_hf(path):
+            refuse_variants(path)
         model, config = load_model(path, device)
     except ConfigError as error:
         raise Invalid(f"{path}: {error}", "fetch it again, or name another model") from error

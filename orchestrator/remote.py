@@ -23,7 +23,6 @@ from orchestrator.connection import (
     NoSuchFile,
     RemoteError,
     Result,
-    address_of,
     lost,
 )
 from orchestrator.session import BLOCK, Session, kill_command
@@ -40,7 +39,6 @@ __all__ = [
     "Remote",
     "RemoteError",
     "Result",
-    "address_of",
     "node_path",
 ]
 

@@ -60,7 +60,7 @@ def cell(key: str, value: Any) -> str:
 def say(table: Table, form: str) -> None:
     """Print the table as `table`, `csv`, `md`, `html` or `json`."""
     if form == "json":
-        from orchestrator.commands.common import print_json
+        from orchestrator.show import print_json
 
         print_json(table.rows)
         return

@@ -6,6 +6,7 @@ import json
 import secrets
 import shutil
 import string
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -104,6 +105,23 @@ def ensure_driver(store: Store, run: str, clock: Clock, *, force_silent: bool = 
         spawn(store.home, run)
     elif force_silent and silent_seconds(run_dir(store.home, run), clock) > SILENT_SECONDS:
         spawn(store.home, run, force=True)
+
+
+def taker(home: Path, run: str, clock: Clock) -> Callable[[object], bool]:
+    """For `stop --now`: while it follows, a driver that stops answering is replaced. Always True: the following goes on."""
+    last = clock.monotonic()
+
+    def look(_row: object) -> bool:
+        nonlocal last
+        if (
+            clock.monotonic() - last > SILENT_SECONDS
+            and silent_seconds(run_dir(home, run), clock) > SILENT_SECONDS
+        ):
+            last = clock.monotonic()
+            spawn(home, run, force=True)
+        return True
+
+    return look
 
 
 def silent_seconds(directory: Path, clock: Clock) -> float:

@@ -5,6 +5,8 @@ At module level the standard library only: `status --json` starts as fast as Pyt
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
@@ -32,9 +34,6 @@ def status(store: Store, run: str | None = None) -> list[dict[str, Any]]:
 
 def print_status(word: str | None) -> int:
     """`status [RUN] --json`, straight to stdout. Raises NoSuchRun, Usage."""
-    import json
-    import sys
-
     from runs.store import default_home
 
     home = default_home()
@@ -42,8 +41,14 @@ def print_status(word: str | None) -> int:
     if word is not None or (home / "llmctl.db").exists():
         store = Store(home)
         rows = status(store, find(store, word) if word is not None else None)
-    sys.stdout.write(json.dumps(rows, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    print_json(rows)
     return 0
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on stdout."""
+    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    sys.stdout.flush()
 
 
 def find(store: Store, word: str | None) -> str:
@@ -62,6 +67,17 @@ def find(store: Store, word: str | None) -> str:
             what, "`llmctl status` lists the runs" if word else "`llmctl launch SPEC` starts one", run=word
         )
     return run
+
+
+def find_record(store: Store, word: str | None) -> RunRecord:
+    """The record of the run that `word` means. Raises NoSuchRun, Usage."""
+    from orchestrator.errors import NoSuchRun
+
+    run = find(store, word)
+    record = store.record(run)
+    if record is None:
+        raise NoSuchRun(f"{run} was removed just now", "`llmctl status` lists the runs", run=run)
+    return record
 
 
 def _document(home: Path, row: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,28 +16,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runs import tables
+
 if TYPE_CHECKING:
     from runs import events as e
     from runs.record import NodeRecord, RunRecord
-
-_MIGRATIONS = (
-    """
-    CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-    CREATE TABLE events (
-        seq INTEGER PRIMARY KEY AUTOINCREMENT, stream TEXT NOT NULL, version INTEGER NOT NULL,
-        kind TEXT NOT NULL, at TEXT NOT NULL, epoch INTEGER NOT NULL, body TEXT NOT NULL);
-    CREATE INDEX events_stream ON events (stream, seq);
-    CREATE TABLE runs (
-        run TEXT PRIMARY KEY, name TEXT NOT NULL, created TEXT NOT NULL, state TEXT NOT NULL, live INTEGER NOT NULL,
-        epoch INTEGER NOT NULL, record TEXT NOT NULL, summary TEXT NOT NULL);
-    CREATE INDEX runs_live ON runs (live, created);
-    CREATE INDEX runs_created ON runs (created);
-    CREATE TABLE nodes (
-        key TEXT PRIMARY KEY, run TEXT NOT NULL, provider TEXT NOT NULL, unsettled INTEGER NOT NULL, record TEXT NOT NULL);
-    CREATE INDEX nodes_run ON nodes (run);
-    CREATE INDEX nodes_unsettled ON nodes (unsettled);
-    """,
-)
 
 
 class StoreError(Exception):
@@ -72,26 +54,15 @@ class Store:
             self._db = sqlite3.connect(self.path, timeout=30, isolation_level=None)
             self._db.row_factory = sqlite3.Row
             self._db.execute(f"PRAGMA synchronous={synchronous}")
-            if self._version() < len(_MIGRATIONS):
-                self._migrate()
+            if tables.version(self._db) < len(tables.MIGRATIONS):
+                self._db.execute("PRAGMA journal_mode=WAL")
+                with self._transaction():
+                    tables.migrate(self._db)
         except (sqlite3.Error, OSError) as error:
             raise StoreError(
                 f"cannot use the store {self.path}: {error}",
                 "set LLMCTL_HOME to a folder that you can write to, on a disk with space",
             ) from error
-
-    def _version(self) -> int:
-        return int(self._db.execute("PRAGMA user_version").fetchone()[0])
-
-    def _migrate(self) -> None:
-        self._db.execute("PRAGMA journal_mode=WAL")
-        with self._transaction():
-            for number in range(self._version(), len(_MIGRATIONS)):
-                for statement in _MIGRATIONS[number].split(";"):
-                    if statement.strip():
-                        self._db.execute(statement)
-                self._db.execute(f"PRAGMA user_version={number + 1}")
-            self._db.execute("INSERT OR IGNORE INTO meta VALUES ('owner', ?)", (secrets.token_hex(8),))
 
     @contextmanager
     def _transaction(self, kind: str = "IMMEDIATE") -> Iterator[None]:
@@ -356,7 +327,9 @@ class Store:
         """The specs of those runs, as plain values."""
         found = {}
         for run in runs:
-            row = self._db.execute("SELECT json_extract(record, '$.spec') FROM runs WHERE run = ?", (run,)).fetchone()
+            row = self._db.execute(
+                "SELECT json_extract(record, '$.spec') FROM runs WHERE run = ?", (run,)
+            ).fetchone()
             if row is not None and row[0] is not None:
                 found[run] = json.loads(row[0])
         return found

@@ -1,72 +1,41 @@
-"""The rows of `compare` as csv, markdown and JSON; in a terminal they are drawn by the orchestrator."""
+"""The tables of the store, and how an older store gets them. The standard library only."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import math
-from collections.abc import Sequence
-from typing import Any
+import secrets
+import sqlite3
 
-from runs.compare import COLUMNS, LOSSES, Row
-
-SHORT = ("name", "gpu", "gpus", "tokens", "global_batch_size", "validation_loss", "test_loss", "test_set",
-         "tokens_per_second", "mfu", "billed_hours", "cost_usd", "usd_per_billion_tokens", "overhead_fraction")  # fmt: skip
-"""The columns of a table that is to be read by a person."""
-_DOLLARS = {"training_usd", "cost_usd", "usd_per_billion_tokens"}
-_SHARES = {"mfu", "overhead_fraction"}
-_HOURS = {"training_hours", "billed_hours"}
-_COUNTS = {"parameters", "tokens", "tokens_per_second"}
-
-
-def cell(column: str, value: Any) -> str:
-    """A value for people: `$47.35`, `3.6740`, `3.26B`, `9.8%`; empty where nothing is known."""
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return ""
-    base = column.removesuffix("_sd")
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value)
-    if base in _DOLLARS:
-        return f"${value:,.2f}" if value >= 0.1 or value == 0 else f"${value:.4f}"
-    if base in LOSSES:
-        return f"{value:.4f}"
-    if base in _SHARES:
-        return f"{value:.1%}"
-    if base in _HOURS:
-        return f"{value:.2f}" if value >= 0.1 else f"{value * 60:.1f} min"
-    if base in _COUNTS:
-        return count(value)
-    return f"{value:g}"
+MIGRATIONS = (
+    """
+    CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+    CREATE TABLE events (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT, stream TEXT NOT NULL, version INTEGER NOT NULL,
+        kind TEXT NOT NULL, at TEXT NOT NULL, epoch INTEGER NOT NULL, body TEXT NOT NULL);
+    CREATE INDEX events_stream ON events (stream, seq);
+    CREATE TABLE runs (
+        run TEXT PRIMARY KEY, name TEXT NOT NULL, created TEXT NOT NULL, state TEXT NOT NULL, live INTEGER NOT NULL,
+        epoch INTEGER NOT NULL, record TEXT NOT NULL, summary TEXT NOT NULL);
+    CREATE INDEX runs_live ON runs (live, created);
+    CREATE INDEX runs_created ON runs (created);
+    CREATE TABLE nodes (
+        key TEXT PRIMARY KEY, run TEXT NOT NULL, provider TEXT NOT NULL, unsettled INTEGER NOT NULL, record TEXT NOT NULL);
+    CREATE INDEX nodes_run ON nodes (run);
+    CREATE INDEX nodes_unsettled ON nodes (unsettled);
+    """,
+)
+"""Each is what one version adds to the one before."""
 
 
-def count(value: float) -> str:
-    """`3.26B`, `163M`, `254k`, `812`: three digits."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size * 0.9995:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"
+def version(db: sqlite3.Connection) -> int:
+    """How many migrations a store has had."""
+    return int(db.execute("PRAGMA user_version").fetchone()[0])
 
 
-def to_json(rows: Sequence[Row]) -> str:
-    """A JSON list with exactly the public keys."""
-    return json.dumps([{key: row.get(key) for key in COLUMNS} for row in rows], indent=2, allow_nan=False)
-
-
-def to_csv(rows: Sequence[Row], columns: Sequence[str] = COLUMNS) -> str:
-    """RFC 4180, plain numbers, a header; what is unknown is empty."""
-    out = io.StringIO()
-    writer = csv.writer(out)
-    writer.writerow(columns)
-    writer.writerows(["" if row.get(key) is None else row[key] for key in columns] for row in rows)
-    return out.getvalue()
-
-
-def to_markdown(rows: Sequence[Row], columns: Sequence[str] = SHORT) -> str:
-    """A GitHub table, numbers to the right."""
-    body = [
-        [cell(key, row.get(key)).replace("|", "\\|").replace("\n", " ") for key in columns] for row in rows
-    ]
-    numeric = [any(isinstance(row.get(key), (int, float)) for row in rows) for key in columns]
-    rule = ["---:" if right else "---" for right in numeric]
-    return "".join(f"| {' | '.join(line)} |\n" for line in [list(columns), rule, *body])
+def migrate(db: sqlite3.Connection) -> None:
+    """Bring a store up to date, inside the caller's transaction."""
+    for number in range(version(db), len(MIGRATIONS)):
+        for statement in MIGRATIONS[number].split(";"):
+            if statement.strip():
+                db.execute(statement)
+        db.execute(f"PRAGMA user_version={number + 1}")
+    db.execute("INSERT OR IGNORE INTO meta VALUES ('owner', ?)", (secrets.token_hex(8),))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,12 +24,19 @@ def _train(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--resume", action="store_true", help="go on from the last whole checkpoint in --out")
     options = parser.parse_args(argv)
+    _before_torch()
     from trainer.loop import run
 
     return run(options.config, options.out, resume=options.resume)
 
 
+def _before_torch() -> None:
+    """Settings that torch reads once. Segments that can grow do not fragment, which is what late out-of-memory is."""
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+
 def _bench(argv: Sequence[str]) -> int:
+    _before_torch()
     from trainer.bench import main
 
     return main(argv)

@@ -116,11 +116,16 @@ def world(train: TrainConfig) -> Iterator[World]:
             dist.destroy_process_group()
 
 
+def _processors() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)  # which macOS has not
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+
+
 def _device(train: TrainConfig, local_rank: int) -> torch.device:
     if train.device == "cpu":
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if local_size > 1:  # torchrun sets OMP_NUM_THREADS=1, whatever the machine has
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+            torch.set_num_threads(max(1, _processors() // local_size))
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError(

@@ -7,6 +7,7 @@ import os
 import platform
 import resource
 import shutil
+import sys
 import threading
 import time
 from collections import deque
@@ -339,4 +340,5 @@ def peak_memory_gib(device: torch.device) -> float:
     """The most memory this process has held: reserved on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from orchestrator.errors import NoSuchRun, Usage
+from orchestrator.errors import Usage
 from orchestrator.show import find as find_run
+from orchestrator.show import print_json
 from runs.store import Store, default_home
-
-if TYPE_CHECKING:
-    from runs.record import RunRecord
 
 
 class Form(StrEnum):
@@ -119,12 +116,6 @@ def answer(document: Any, *, as_json: bool, human: Callable[[], None]) -> None:
         human()
 
 
-def print_json(document: Any) -> None:
-    """One JSON document on stdout."""
-    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    sys.stdout.flush()
-
-
 def tell(text: str) -> None:
     """A line of chatter, on stderr."""
     sys.stderr.write(text + "\n")
@@ -148,15 +139,6 @@ def confirm(question: str, *, yes: bool) -> bool:
 def open_store(home: Path | None = None) -> Store:
     """The store of this LLMCTL_HOME."""
     return Store(home or default_home())
-
-
-def find_record(store: Store, word: str | None) -> RunRecord:
-    """The record of the run that `word` means."""
-    run = find_run(store, word)
-    record = store.record(run)
-    if record is None:
-        raise NoSuchRun(f"{run} was removed just now", "`llmctl status` lists the runs", run=run)
-    return record
 
 
 def find_all(store: Store, words: Sequence[str] | None) -> list[str] | None:

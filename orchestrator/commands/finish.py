@@ -18,13 +18,13 @@ from orchestrator.commands.common import (
     add,
     answer,
     confirm,
-    find_record,
     interactive,
     machine,
     open_store,
     tell,
 )
 from orchestrator.show import find as find_run
+from orchestrator.show import find_record
 
 PANEL = "Finish"
 

@@ -19,11 +19,11 @@ from orchestrator.commands.common import (
     answer,
     complete_recipe,
     confirm,
-    find_record,
     machine,
     open_store,
     tell,
 )
+from orchestrator.show import find_record
 
 PANEL = "Begin"
 Spec = Annotated[Path, typer.Argument(metavar="SPEC", help="A run.yaml.", show_default=False)]

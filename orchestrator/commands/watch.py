@@ -13,12 +13,11 @@ from orchestrator.commands.common import (
     Output,
     add,
     answer,
-    find_record,
     machine,
     open_store,
-    print_json,
 )
 from orchestrator.show import find as find_run
+from orchestrator.show import find_record, print_json
 
 PANEL = "Watch"
 

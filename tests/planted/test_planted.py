@@ -39,7 +39,13 @@ def _run(where: Path, test: str) -> subprocess.CompletedProcess[str]:
         command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", test]
     environment = {**os.environ, "PYTHONPATH": str(where), "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(
-        [sys.executable, *command], cwd=where, env=environment, capture_output=True, text=True, timeout=280
+        [sys.executable, *command],
+        cwd=where,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
     )
 
 

@@ -182,7 +182,7 @@ class Schedule:
         )  # fmt: skip
         return Driver(self.run, Hands(store, self.cloud, site, self, self.epoch, self.request))
 
-    def request(self, run: RunRecord, marker: Marker, offer: Offer) -> LaunchRequest:
+    def request(self, marker: Marker, offer: Offer) -> LaunchRequest:
         """A launch request without keys."""
         return LaunchRequest(marker, offer, "owner", "", None, None)
 

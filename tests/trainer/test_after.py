@@ -142,7 +142,7 @@ def test_the_loss_counts_the_response_only_unless_told_otherwise(
 )
 @pytest.mark.parametrize("adapters", [None, {"rank": 4, "alpha": 8, "targets": ["query", "value", "up"]}])
 def test_an_interrupted_run_carries_on_exactly(
-    make: Any, tmp_path: Path, kind: str, module: Any, lora: Any
+    make: Any, tmp_path: Path, kind: str, module: Any, adapters: Any
 ) -> None:
     top = {"lora": adapters, **({"classes": ["a", "b"]} if kind == "classification" else {})}
     train = {"epochs": 2, "drop_rate": 0.1, "patience": 9, "learning_rate": 3e-3}
@@ -220,6 +220,9 @@ def test_a_classifier_learns_its_classes_and_opens_again(make: Any, tmp_path: Pa
     assert sum(a == b for a, (_, b) in zip(chosen, held, strict=True)) / len(held) == pytest.approx(
         best["validation_accuracy"]
     )
+    together = classify.classify(module, [tokens for tokens, _ in held])  # of different lengths
+    for row, (tokens, _) in zip(together, held, strict=True):
+        assert torch.allclose(row, classify.classify(module, [tokens])[0], atol=1e-6)
     with pytest.raises(ValueError, match="has 0 tokens"):
         classify.classify(module, [[]])
 
@@ -235,7 +238,9 @@ def test_only_the_last_block_and_the_head_move_by_default(make: Any, base: Path,
     assert set(after) - set(before) == {"classifier.weight", "classifier.bias"}
 
 
-def test_preference_tuning_starts_at_ln_2_and_prefers_the_chosen(make: Any, tmp_path: Path) -> None:
+def test_preference_tuning_starts_at_ln_2_and_prefers_the_chosen(
+    make: Any, base: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     assert (
         tune(dpo, make("preference", {"epochs": 4, "patience": 9, "learning_rate": 2e-3}, beta=0.5), out) == 0
@@ -245,7 +250,25 @@ def test_preference_tuning_starts_at_ln_2_and_prefers_the_chosen(make: Any, tmp_
         "validation_margin"
     ] == pytest.approx(0, abs=1e-4)
     assert last["validation_loss"] < 0.5 * math.log(2) and last["validation_accuracy"] == 1.0
-    load_model(out / "checkpoints" / "best")  # a language model as before
+    before, after = (
+        load_model(path)[0] for path in (base, out / "checkpoints" / "best")
+    )  # a language model as before
+
+    def log_prob(model: Any, question: str, answer: str) -> float:
+        whole = torch.tensor([[*f"{question} = ".encode(), *answer.encode(), 0]])
+        losses = torch.nn.functional.cross_entropy(
+            model.logits(whole[:, :-1])[0], whole[0, 1:], reduction="none"
+        )
+        return -float(losses[len(f"{question} = ") - 1 :].sum())
+
+    gains = [
+        [log_prob(after, a, answer) - log_prob(before, a, answer) for answer in (b, b.upper())]
+        for a, b in QUESTIONS[6:]
+    ]
+    assert all(chosen > rejected for chosen, rejected in gains)
+    margin = 0.5 * sum(chosen - rejected for chosen, rejected in gains) / len(gains)
+    best = min(records(out, "validation")[1:], key=lambda line: line["validation_loss"])
+    assert margin == pytest.approx(best["validation_margin"], rel=1e-3)
 
 
 def test_the_loss_is_the_same_on_two_processes(make: Any, tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_a_microbatch_is_verified_and_steps_down_at_most_once() -> None:
     attempt, tried = failing(at_least=1)
     with pytest.raises(torch.OutOfMemoryError, match="microbatch_size 16 would fit"):
         microbatch.verified(48, config(device="cpu"), HERE, attempt)
-    assert tried == [48, 32]
+    assert tried == [48, 16]  # on a CPU longer ones are no candidates
 
 
 def test_a_recorded_choice_is_used_again() -> None:

@@ -17,6 +17,7 @@ import torch
 from tests.trainer.conftest import MODEL, losses, records, status
 from trainer import checkpoint, loop, manifest
 from trainer.batches import Reader
+from trainer.session import can_compile
 from trainer.shards import Order, probe, write_bin
 
 MakeConfig = Callable[..., Path]
@@ -362,3 +363,11 @@ def test_muon_and_all_switches_train(make_config: MakeConfig, tmp_path: Path) ->
     )
     assert losses(tmp_path / "again") == found
     assert MODEL["n_heads"] == 2
+
+
+@pytest.mark.slow
+def test_compiled_blocks_change_no_loss(make_config: MakeConfig, tmp_path: Path) -> None:
+    assert train(make_config(), tmp_path / "eager") == 0
+    assert train(make_config(train={"compile": True}), tmp_path / "compiled") == 0
+    assert records(tmp_path / "compiled", "system")[0]["compile"] is can_compile(torch.device("cpu"))
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), abs=1e-4)

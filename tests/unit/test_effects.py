@@ -90,7 +90,7 @@ class Bench:
         self.store.commit(story.changes)
         self.provider, self.clock = Fake(home), StoppedClock()
         self.clock.seconds = story.t
-        request = lambda run, marker, offer: LaunchRequest(marker, offer, "owner", "", None, None)  # noqa: E731
+        request = lambda marker, offer: LaunchRequest(marker, offer, "owner", "", None, None)  # noqa: E731
         self.hands = Hands(self.store, self.provider, None, self.clock, 1, request)  # type: ignore[arg-type]
 
     @property

@@ -173,6 +173,22 @@ def test_faults_cost_what_they_cost_and_change_no_score(stub: Any, tmp_path: Pat
     assert len(state.seen) == 4 + 5
 
 
+def test_a_busy_endpoint_is_asked_again_when_it_says_so(stub: Any, tmp_path: Path) -> None:
+    import stamina.instrumentation
+
+    state, url = stub
+    headers: list[dict[str, str]] = [{"Retry-After": "0.03"}, {}]
+    state.fault = lambda _question, before: (429, headers[before], "") if before < 2 else None
+    waits: list[float] = []
+    hooks = stamina.instrumentation.get_on_retry_hooks()
+    stamina.instrumentation.set_on_retry_hooks([lambda details: waits.append(details.wait_for)])
+    try:
+        judge(QUESTIONS[:1], RESPONSES, endpoint(url, wait_seconds=0.1), tmp_path, repeats=1)
+    finally:
+        stamina.instrumentation.set_on_retry_hooks(hooks)
+    assert waits[0] == 0.03 and 0.1 < waits[1] <= 0.5  # as it said; then by itself, doubled and with jitter
+
+
 def test_an_item_that_nobody_can_read_has_no_part_in_the_result(stub: Any, tmp_path: Path) -> None:
     state, url = stub
     wrong = [

@@ -140,6 +140,11 @@ def test_what_is_no_model_is_said(tmp_path: Path, ours: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(Invalid, match="holds a bert model"):
         open_model(tmp_path, tokenizer="bytes")
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True})
+    )
+    with pytest.raises(Invalid, match="scale_attn_by_inverse_layer_idx is True"):
+        open_model(tmp_path, tokenizer="bytes")
     broken = write(tmp_path / "broken")
     data = bytearray((broken / "model.safetensors").read_bytes())
     data[-1] ^= 1
