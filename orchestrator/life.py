@@ -200,11 +200,9 @@ def _illness(
     if node.ready_at is None:
         boot = timedelta(seconds=parse_duration(run.spec["node"]["boot_timeout"]))
         return "boot-timeout" if now - node.intended_at > boot else None
-    if (
-        contact is None
-        or contact.reachable
-        or (now - contact.since).total_seconds() <= world.traits.unreachable_seconds
-    ):
+    at_once = run.stop is not None and not run.stop.checkpoint
+    patience = world.traits.retry_seconds * 12 if at_once else world.traits.unreachable_seconds
+    if contact is None or contact.reachable or (now - contact.since).total_seconds() <= patience:
         return None
     shown = world.shown(node, now - FRESH)
     return "unreachable" if shown is not None and shown.status == "active" else None
@@ -232,10 +230,9 @@ def _stage(run: RunRecord, attempt: AttemptRecord, world: w.World, now: datetime
         return _close(run, nodes, "out-of-time", now)
     if not all(node.ready_at for node in nodes):
         return world.look(now, world.traits.boot_poll_seconds, "booting")
-    for node in nodes:
-        waiting = _prepare(attempt, node, world, now)
-        if waiting is not None:
-            return waiting
+    busy = [answer for node in nodes if (answer := _prepare(attempt, node, world, now)) is not None]
+    if busy:  # all nodes side by side: something to begin comes before something to wait for
+        return next((answer for answer in busy if not isinstance(answer, w.Wait)), busy[0])
     return _train(run, attempt, world, now)
 
 

@@ -251,12 +251,13 @@ def _data(remote: Remote, plan: Plan, complete: Done) -> None:
         local = {f"{DATA}/{item.node_name}": item.path for item in group if item.path is not None}
         moved = transfer.push(remote, local, immutable=True)
         sent += moved.bytes_sent
-        _pull_on_node(remote, [item for item in group if item.url is not None])
+        _pull_on_node(remote, [item for item in group if item.url is not None], plan.secrets)
         complete(name, Lane(plan_hash(plan), time.monotonic() - started, sent, {"method": moved.method}))
 
 
-def _pull_on_node(remote: Remote, shards: Sequence[sources.Shard]) -> None:
-    """Let the node fetch what has a URL, with many ranges in parallel."""
+def _pull_on_node(remote: Remote, shards: Sequence[sources.Shard], secrets: Mapping[str, str]) -> None:
+    """Let the node fetch what has a URL, with many ranges in parallel; a token that it needs is in that process's
+    environment alone."""
     if not shards:
         return
     wanted = [sources.pull_item(item, f"{_bare(DATA)}/{item.node_name}") for item in shards]
@@ -266,7 +267,7 @@ def _pull_on_node(remote: Remote, shards: Sequence[sources.Shard]) -> None:
     script = Path(trainer.__file__).with_name("pull.py").read_bytes()
     remote.write("~/llmctl/pull.py", script, 0o644)
     try:
-        remote.run(["python3", "llmctl/pull.py", "--manifest", name], timeout=6 * 3600)
+        remote.run(["python3", "llmctl/pull.py", "--manifest", name], timeout=6 * 3600, env=secrets)
     except CommandFailed as error:
         raise PrepareError(f"the node could not fetch its data: {error}") from error
     finally:

@@ -118,7 +118,12 @@ class Aws:
         from botocore.exceptions import BotoCoreError
 
         with self._lock:
-            key = (service, region or self.region, once, *sorted((name, str(value)) for name, value in config.items()))
+            key = (
+                service,
+                region or self.region,
+                once,
+                *sorted((name, str(value)) for name, value in config.items()),
+            )
             if key not in self._clients:
                 retries = {"mode": "standard", "total_max_attempts": 1 if once else READ_TRIES}
                 settings = Config(retries=retries, connect_timeout=10, read_timeout=60, max_pool_connections=16,
@@ -129,11 +134,15 @@ class Aws:
                     raise _without_answer(error, service, effect=False) from None
             return self._clients[key]
 
-    def read(self, service: str, operation: str, region: str | None = None, **parameters: Any) -> dict[str, Any]:
+    def read(
+        self, service: str, operation: str, region: str | None = None, **parameters: Any
+    ) -> dict[str, Any]:
         """One read. Raises Unavailable, CredentialsError, Refused."""
         return _call(self.client(service, region), operation, parameters, effect=False)
 
-    def pages(self, service: str, operation: str, region: str | None = None, **parameters: Any) -> Iterator[dict[str, Any]]:
+    def pages(
+        self, service: str, operation: str, region: str | None = None, **parameters: Any
+    ) -> Iterator[dict[str, Any]]:
         """All pages of a list. Raises as `read` does."""
         token: dict[str, str] = {}
         while True:
@@ -144,7 +153,9 @@ class Aws:
                 return
             token = {"NextToken": following}
 
-    def send(self, service: str, operation: str, region: str | None = None, **parameters: Any) -> dict[str, Any]:
+    def send(
+        self, service: str, operation: str, region: str | None = None, **parameters: Any
+    ) -> dict[str, Any]:
         """One change, sent once. Raises Ambiguous where nobody knows whether it happened, Refused, CredentialsError."""
         return _call(self.client(service, region, once=True), operation, parameters, effect=True)
 
@@ -180,15 +191,29 @@ def refusal(error: Any, operation: str, parameters: dict[str, Any], *, effect: b
         return CredentialsError(text(meaning), code=code, hint=hint)
     if code in _BUSY or status >= 500 or status == 429:
         kind = Ambiguous if effect else Unavailable
-        return kind(text("AWS is busy or broken"), code=code, hint="it is tried again by itself; see health.aws.amazon.com")
-    meaning, hint = _REFUSED.get(code, ("AWS refused", "the message says why; correct the hardware section and plan again"))
+        return kind(
+            text("AWS is busy or broken"),
+            code=code,
+            hint="it is tried again by itself; see health.aws.amazon.com",
+        )
+    meaning, hint = _REFUSED.get(
+        code, ("AWS refused", "the message says why; correct the hardware section and plan again")
+    )
     return Refused(text(meaning), code=code, hint=hint)
 
 
 def quota_hint(parameters: dict[str, Any]) -> str:
     """Which quota to raise for a launch, and how."""
     kind, spot = str(parameters.get("InstanceType", "")), "InstanceMarketOptions" in parameters
-    family = "P5 " if spot and kind.startswith("p5") else "P" if kind.startswith("p") else "G" if kind.startswith(("g", "vt")) else ""
+    family = (
+        "P5 "
+        if spot and kind.startswith("p5")
+        else "P"
+        if kind.startswith("p")
+        else "G"
+        if kind.startswith(("g", "vt"))
+        else ""
+    )
     known = {
         ("P", False): ("Running On-Demand P instances", "L-417A185B"),
         ("G", False): ("Running On-Demand G and VT instances", "L-DB2E81BA"),
@@ -214,9 +239,27 @@ def _without_answer(error: Exception, operation: str, *, effect: bool) -> Provid
         return CredentialsError(f"there are no AWS credentials: {error}", code="no-key", hint=hint)
     if name in {"TokenRetrievalError", "SSOTokenLoadError", "UnauthorizedSSOTokenError", "SSOError", "CredentialRetrievalError",
                 "RefreshWithMFAUnsupportedError", "LoginRefreshRequired"}:  # fmt: skip
-        return CredentialsError(f"the AWS login is over: {error}", code="login", hint="log in again: aws sso login")
-    if name in {"ParamValidationError", "InvalidRegionError", "UnknownServiceError", "NoRegionError", "ValueError"}:
-        return InvalidHardware(f"{operation}: {error}", code=name, hint="check the region (AWS_REGION, hardware.regions) and AWS_ENDPOINT_URL")
+        return CredentialsError(
+            f"the AWS login is over: {error}", code="login", hint="log in again: aws sso login"
+        )
+    if name in {
+        "ParamValidationError",
+        "InvalidRegionError",
+        "UnknownServiceError",
+        "NoRegionError",
+        "ValueError",
+    }:
+        return InvalidHardware(
+            f"{operation}: {error}",
+            code=name,
+            hint="check the region (AWS_REGION, hardware.regions) and AWS_ENDPOINT_URL",
+        )
     where = os.environ.get("AWS_ENDPOINT_URL")
-    hint = f"check AWS_ENDPOINT_URL ({where})" if where else "check the network; a region that does not exist has no endpoint either"
-    return (Ambiguous if effect else Unavailable)(f"{operation}: no answer from AWS: {error}", code=name, hint=hint)
+    hint = (
+        f"check AWS_ENDPOINT_URL ({where})"
+        if where
+        else "check the network; a region that does not exist has no endpoint either"
+    )
+    return (Ambiguous if effect else Unavailable)(
+        f"{operation}: no answer from AWS: {error}", code=name, hint=hint
+    )

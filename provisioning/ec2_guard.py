@@ -34,7 +34,7 @@ def guarded(host_private_key: str | None, host_public_key: str | None, lease_end
         {"path": path, "permissions": mode, "owner": "root:root", "content": content}
         for path, mode, content in files
     ]
-    # In bootcmd's place: runcmd comes late, but a lease is never shorter than a boot, and units need the files first.
+    # The units need their files first; a lease is longer than a boot, so the end of cloud-init is early enough.
     config["runcmd"] = [
         ["systemctl", "daemon-reload"],
         ["systemctl", "enable", "--now", "llmctl-lease.timer"],
@@ -107,9 +107,12 @@ def main():
         known = json.load(file)["lease_end"]
     end = max(known, tagged())
     if end > known:
-        with open(LEASE + ".new", "w") as file:
-            json.dump({"lease_end": end}, file)
-        os.replace(LEASE + ".new", LEASE)
+        try:
+            with open(LEASE + ".new", "w") as file:
+                json.dump({"lease_end": end}, file)
+            os.replace(LEASE + ".new", LEASE)
+        except OSError as error:  # a full disk is no reason to live on
+            print("llmctl: cannot remember the lease:", error, flush=True)
     if time.time() >= end:
         print("llmctl: the lease is over, powering off", flush=True)
         subprocess.call(os.environ.get("LLMCTL_POWEROFF", "systemctl poweroff").split())

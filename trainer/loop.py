@@ -113,6 +113,7 @@ def _train(
         run = prepare(config, out, here, resume=resume, status=status, stop=stop)
         try:
             stopped = _steps(run)
+            _flush(run)
             if run.saved_step != run.step:
                 _save(run, best=False, validation_loss=None)
             if run.writer is not None:
@@ -181,7 +182,6 @@ def _steps(run: Run) -> bool:
         flags.result()
     finally:
         batches.close()
-        _flush(run)
     return False
 
 

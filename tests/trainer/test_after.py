@@ -90,6 +90,19 @@ def tune(module: Any, config: Path, out: Path, *more: str) -> int:
     return code
 
 
+def response_loss(model: Any, rows: list[dict[str, Any]], *, mask: bool = True) -> float:
+    """The mean over all tokens that count, one example at a time."""
+    total, count = 0.0, 0
+    for row in rows:
+        whole = torch.tensor([[*row["prompt"], *row["response"]]])
+        losses = torch.nn.functional.cross_entropy(
+            model.logits(whole[:, :-1])[0], whole[0, 1:], reduction="none"
+        )
+        kept = losses[len(row["prompt"]) - 1 :] if mask else losses
+        total, count = total + float(kept.sum()), count + len(kept)
+    return total / count
+
+
 def test_instruction_tuning_improves_the_validation_loss_and_keeps_the_best_epoch(
     make: Any, tmp_path: Path
 ) -> None:
@@ -107,6 +120,7 @@ def test_instruction_tuning_improves_the_validation_loss_and_keeps_the_best_epoc
     result = json.loads((out / "evaluations.json").read_text())["test_sets"][0]
     assert result["checkpoint_step"] == best[1] and result["name"].startswith("instruction-test-")
     model, config = load_model(out / "checkpoints" / "best")
+    assert result["loss"] == pytest.approx(response_loss(model, translations(QUESTIONS[9:])), abs=1e-5)
     assert config.tuned is not None and (config.tuned.kind, config.tuned.template) == (
         "instruction",
         "alpaca",
@@ -118,16 +132,7 @@ def test_the_loss_counts_the_response_only_unless_told_otherwise(
     make: Any, base: Path, tmp_path: Path
 ) -> None:
     def by_hand(*, mask: bool) -> float:
-        model, _ = load_model(base)
-        total, count = 0.0, 0
-        for row in translations(QUESTIONS[6:]):
-            whole = torch.tensor([[*row["prompt"], *row["response"]]])
-            losses = torch.nn.functional.cross_entropy(
-                model.logits(whole[:, :-1])[0], whole[0, 1:], reduction="none"
-            )
-            kept = losses[len(row["prompt"]) - 1 :] if mask else losses
-            total, count = total + float(kept.sum()), count + len(kept)
-        return total / count
+        return response_loss(load_model(base)[0], translations(QUESTIONS[6:]), mask=mask)
 
     for mask in (True, False):
         out = tmp_path / f"mask-{mask}"

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from tests.trainer.conftest import MODEL, losses, records, status
-from trainer import checkpoint, loop, manifest
+from trainer import cache, checkpoint, loop, manifest
 from trainer.batches import Reader
+from trainer.config import load
 from trainer.session import can_compile
 from trainer.shards import Order, probe, write_bin
 
@@ -371,3 +372,6 @@ def test_compiled_blocks_change_no_loss(make_config: MakeConfig, tmp_path: Path)
     assert train(make_config(train={"compile": True}), tmp_path / "compiled") == 0
     assert records(tmp_path / "compiled", "system")[0]["compile"] is can_compile(torch.device("cpu"))
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), abs=1e-4)
+    if can_compile(torch.device("cpu")):
+        entry = cache.key(load(make_config(train={"compile": True})), torch.device("cpu"), 1)
+        assert cache.load_compiled(entry), "the next run starts with this one's code"

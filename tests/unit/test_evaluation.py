@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from orchestrator import evaluation
 from orchestrator.dataerrors import DataError
 from orchestrator.errors import Invalid
-from orchestrator.evaluation import evaluate_slice, hellaswag, hellaswag_items, slice_name
+from orchestrator.evaluation import Choice, evaluate_slice, hellaswag, hellaswag_items, score, slice_name
 from orchestrator.models import Opened, open_model
 from tests.unit.test_models import BPE, MODEL, gpt2_vocabulary, one_thread, write  # noqa: F401
+from trainer import tokenize
 from trainer.config import ModelConfig, TestSet
 from trainer.shards import write_bin
 
@@ -80,8 +82,6 @@ def test_a_slice_without_a_name_is_named_by_what_it_is(opened: Opened, shard: Pa
 
 
 def test_bytes_of_gpt2_tokens_are_those_of_their_text(tmp_path: Path, gpt2_vocabulary: None) -> None:  # noqa: F811
-    from trainer import tokenize
-
     tokens = [50256, *tokenize.encode("gpt2", TEXT.decode())]
     model = ModelConfig(
         vocab_size=50257, context_length=16, emb_dim=8, n_heads=1, n_layers=1, tie_weights=True
@@ -138,6 +138,28 @@ def test_hellaswag_takes_the_likeliest_ending_and_the_likeliest_per_token(
     )
     assert result["standard_error"] == pytest.approx(math.sqrt(normalised / 8 * (1 - normalised / 8) / 8))
     assert hellaswag(opened, tmp_path / "val.jsonl", limit=3)["items"] == 3
+
+
+def test_an_ending_is_chosen_by_its_sum_or_by_its_mean(
+    opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "score", lambda *_: (torch.tensor([-2.0, -3.0]), torch.tensor([1, 3])))
+    path = items(
+        tmp_path / "val.jsonl",
+        [{"ctx": "x", "endings": ["a", "b"], "label": label} for label in (0, 1, 1, 1)],
+    )
+    result = hellaswag(opened, path)
+    assert (result["accuracy"], result["accuracy_normalised"]) == (0.25, 0.75)
+
+
+def test_a_context_that_is_too_long_loses_its_beginning(opened: Opened) -> None:
+    tokenizer = tokenize.load("bytes")
+    long, short = (
+        Choice(context, (" yes", "no"), 0) for context in ("z" * 50 + "0123456789" * 3, "0123456789" * 3)
+    )
+    for got, expected in zip(score(opened, tokenizer, long), score(opened, tokenizer, short), strict=True):
+        assert torch.allclose(got, expected, atol=1e-5)
+    assert score(opened, tokenizer, long)[1].tolist() == [5, 3]
 
 
 def test_hellaswag_reads_parquet_as_the_hub_has_it(tmp_path: Path) -> None:

@@ -224,6 +224,7 @@ def test_what_was_answered_before_a_failure_stays(stub: Any, tmp_path: Path) -> 
     before = len(state.seen)
     table = judge(QUESTIONS, RESPONSES, endpoint(url), tmp_path, repeats=2)
     assert len(state.seen) - before == 4 and table["answers"] == 8 and rows(table)["good"] == 91.5
+    assert len([row for row in Lines(tmp_path / "answers.jsonl").rows if row["panel"] == table["panel"]]) == 8
 
 
 def test_a_refusal_says_what_to_do_and_is_not_tried_again(

@@ -1,0 +1,125 @@
+"""`python -m tests.faults [--seeds 3] [--faults 60] [--jobs 1] [--to docs/reliability.md] [--only KIND[:SEED],…]`: the fault harness."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tests.faults.audit import COLUMNS, Reference, audit, reference
+from tests.faults.harness import Case, Outcome
+from tests.faults.kinds import KINDS, Kind, store_is_whole
+from tests.faults.report import report
+
+
+def undisturbed(cache: Path) -> Reference:
+    """The run without a fault. Raises AssertionError where even that does not go well."""
+    with stage() as root:
+        case = Case("undisturbed", 0, root, cache)
+        outcome = Outcome("undisturbed", 0)
+        try:
+            case.launch()
+            code = case.carry_on()
+            audit(case, outcome, code=code, expected=0, known=None)
+            known = reference(case)
+        finally:
+            case.cli.end()
+            case.close(outcome)
+        wrong = {column: found for column, found in outcome.found.items() if found}
+        assert not wrong, wrong
+        return known
+
+
+class stage:  # noqa: N801  used as a word of the language
+    """A short temporary folder, since sockets and names live in it."""
+
+    def __enter__(self) -> Path:
+        self.path = Path(tempfile.mkdtemp(prefix="llmctl-fault-"))
+        return self.path
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def attempt(kind: Kind, seed: int, cache: Path, known: Reference | None) -> Outcome:
+    """One case, from nothing to its audit."""
+    outcome, began = Outcome(kind.name, seed), time.monotonic()
+    with stage() as root:
+        case = Case(kind.name, seed, root, cache)
+        try:
+            end = kind.inject(case)
+            audit(case, outcome, code=end.code, expected=end.expected, known=known, exact=end.exact)
+            if not store_is_whole(case):
+                outcome.complain("other", "the rows of the store are not the fold of its events")
+        except (AssertionError, OSError, subprocess.TimeoutExpired) as error:
+            outcome.complain("other", f"{type(error).__name__}: {error}")
+        finally:
+            outcome.injected = case.injected
+            if any(outcome.found.values()):
+                sys.stderr.write(case.cli.driver_log() + "\n")
+            case.close(outcome)
+    outcome.seconds = time.monotonic() - began
+    return outcome
+
+
+def plan(seeds: int, faults: int, only: str | None) -> list[tuple[Kind, int]]:
+    """The cases: every kind once, then again under another seed, until they inject so many faults. The seeds take turns."""
+    chosen: list[tuple[Kind, int]] = []
+    if only is not None:
+        for word in only.split(","):
+            name, _, seed = word.partition(":")
+            chosen += [(KINDS[name], number) for number in ([int(seed)] if seed else range(1, seeds + 1))]
+        return chosen
+    for turn in range(seeds):
+        for index, kind in enumerate(KINDS.values()):
+            if turn and sum(item.times for item, _ in chosen) >= faults:
+                return chosen
+            chosen.append((kind, (index + turn) % seeds + 1))
+    return chosen
+
+
+def campaign(cases: list[tuple[Kind, int]], jobs: int, cache: Path) -> Iterator[Outcome]:
+    """The cases' outcomes, as they come."""
+    known = undisturbed(cache)
+    with ThreadPoolExecutor(jobs) as pool:
+        yield from pool.map(lambda case: attempt(case[0], case[1], cache, known), cases)
+
+
+def line(outcome: Outcome) -> str:
+    """An outcome for the terminal."""
+    wrong = [f"{COLUMNS[column]}: {sentence}" for column, found in outcome.found.items() for sentence in found]
+    head = f"{'ok  ' if not wrong else 'FAIL'} {outcome.kind}:{outcome.seed} ({outcome.injected} faults, {outcome.seconds:.0f} s)"
+    return "\n".join([head, *(f"       {sentence}" for sentence in wrong)])
+
+
+def main() -> int:
+    """Run the cases; 1 where one of them lost something."""
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--faults", type=int, default=60, help="stop after so many, once every kind was tried")
+    parser.add_argument("--only", metavar="KIND[:SEED],…", help="these kinds or cases alone; writes no table")
+    parser.add_argument("--jobs", type=int, default=1, help="cases at once")
+    parser.add_argument("--to", type=Path, default=Path("docs/reliability.md"), help="where the table goes")
+    options = parser.parse_args()
+    cases = plan(options.seeds, options.faults, options.only)
+    outcomes: list[Outcome] = []
+    began = time.monotonic()
+    with stage() as folder:
+        for outcome in campaign(cases, options.jobs, folder / "cache"):
+            outcomes.append(outcome)
+            print(line(outcome), flush=True)
+    failed = [outcome for outcome in outcomes if any(outcome.found.values())]
+    print(f"{sum(outcome.injected for outcome in outcomes)} faults in {len(outcomes)} cases, {len(failed)} of them went wrong")
+    if options.only is None:
+        options.to.write_text(report(outcomes, time.monotonic() - began), encoding="utf-8")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
