@@ -25,9 +25,8 @@ class Mirror:
 
     def _begin(self, attempt: int) -> int:
         """Where the attempt's bytes start in the local file."""
-        note = self.path.with_name(f".{self.path.name}.bases")
-        bases: dict[str, int] = json.loads(note.read_text()) if note.exists() else {}
-        if str(attempt) not in bases:
+        known = bases(self.path)
+        if attempt not in known:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab+") as file:
                 size = file.tell()
@@ -36,11 +35,9 @@ class Mirror:
                     if file.read(1) != b"\n":
                         file.write(b"\n")
                         size += 1
-            bases[str(attempt)] = size
-            temporary = note.with_suffix(".tmp")
-            temporary.write_text(json.dumps(bases))
-            temporary.replace(note)
-        return bases[str(attempt)]
+            known[attempt] = size
+            publish(_note(self.path), json.dumps(known).encode())
+        return known[attempt]
 
     @property
     def offset(self) -> int:
@@ -65,6 +62,17 @@ class Mirror:
             return []
         data = self.path.read_bytes()
         return data[: data.rfind(b"\n") + 1].splitlines()
+
+
+def _note(path: Path) -> Path:
+    return path.with_name(f".{path.name}.bases")
+
+
+def bases(path: Path) -> dict[int, int]:
+    """attempt → where its bytes begin in the mirror at `path`."""
+    note = _note(path)
+    found: dict[str, int] = json.loads(note.read_text()) if note.exists() else {}
+    return {int(attempt): base for attempt, base in found.items()}
 
 
 def publish(path: Path, data: bytes) -> None:

@@ -17,12 +17,15 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from orchestrator.connection import Address, ConnectionLost, HostKeyMismatch, RemoteError, lost
 
 CIPHERS = "aes128-gcm@openssh.com,aes256-gcm@openssh.com,chacha20-poly1305@openssh.com,aes256-ctr,aes128-ctr"
+LEFTOVER_SECONDS = 86_400.0
 LOST = 255
 """The exit status that is ssh's own."""
 
@@ -95,6 +98,7 @@ class Carrier:
             if self._socket.exists() and self._control("check"):
                 return
             self._socket.unlink(missing_ok=True)
+            _tidy(self.config.parent)
             with tempfile.NamedTemporaryFile("w", dir=self.config.parent, delete=False) as file:
                 file.write(ssh_config(self.address, self._socket))
             Path(file.name).replace(self.config)
@@ -152,6 +156,16 @@ class Carrier:
         except subprocess.TimeoutExpired:
             return False
         return asked.returncode == 0
+
+
+def _tidy(runtime: Path) -> None:
+    """Remove what masters that ended by themselves left behind more than a day ago."""
+    for config in runtime.glob("*.conf"):
+        with suppress(FileNotFoundError):
+            old = time.time() - config.stat().st_mtime > LEFTOVER_SECONDS
+            if old and not config.with_suffix(".sock").exists():
+                config.unlink()
+                config.with_suffix(".lock").unlink()
 
 
 def _quoted(path: Path) -> str:

@@ -206,8 +206,7 @@ class NodeSite:
         """Checkpoints, progress, restarts and the end, as files and supervisor tell them."""
         assert run.attempt is not None
         stream, first = e.run_stream(run.run), self._first(run)
-        offset = next((node.clock_offset_seconds for node in run.attempt_nodes()), 0.0)
-        self._journal.read(offset)
+        self._journal.read(run)
         announced = list(self._journal.checkpoints(run))
         yield from ((stream, self._seen(item, now)) for item in announced)
         supervisor = first.seen.supervisor if first else {}

@@ -94,7 +94,12 @@ class Ec2:
             else ec2_market.on_demand_prices(self._aws, wanted, self._home.path / "cache" / "ec2-prices.json")
         )
         return ec2_offers.offers(
-            kinds, zones, prices, hardware, ec2_market.table()["gp3_usd_per_gib_month"], self._aws.region
+            kinds,
+            zones,
+            prices,
+            hardware,
+            volume=ec2_market.table()["gp3_usd_per_gib_month"],
+            home_region=self._aws.region,
         )
 
     def launch(self, request: LaunchRequest) -> str:

@@ -146,7 +146,7 @@ def latest_prices(history: Iterable[dict[str, Any]]) -> dict[tuple[str, str], in
 
 def spot_mean(aws: Aws, name: str, zone: str, start: datetime, end: datetime) -> int | None:
     """The mean spot price between two moments, weighted by time: what the hours in between cost an hour. None: not known."""
-    return mean_price(_history(aws, region_of(zone), [name], start, end, zone), start, end)
+    return mean_price(_history(aws, region_of(zone), [name], start, end, zone=zone), start, end)
 
 
 def mean_price(history: Iterable[dict[str, Any]], start: datetime, end: datetime) -> int | None:
@@ -162,7 +162,7 @@ def mean_price(history: Iterable[dict[str, Any]], start: datetime, end: datetime
     # A price that began after `start` with nothing before it stands for the beginning as well.
     points = [(at, price) for at, _, price in steps]
     points[0] = (start, points[0][1])
-    area = sum(
+    area: float = sum(
         price * (right - left).total_seconds()
         for (left, price), (right, _) in pairwise([*points, (end, 0.0)])
     )
@@ -170,7 +170,7 @@ def mean_price(history: Iterable[dict[str, Any]], start: datetime, end: datetime
 
 
 def _history(
-    aws: Aws, region: str, names: list[str], start: datetime, end: datetime, zone: str | None = None
+    aws: Aws, region: str, names: list[str], start: datetime, end: datetime, *, zone: str | None = None
 ) -> list[dict[str, Any]]:
     where = {"AvailabilityZone": zone} if zone else {}
     pages = aws.pages("ec2", "describe_spot_price_history", region, InstanceTypes=names, ProductDescriptions=["Linux/UNIX"],

@@ -122,6 +122,7 @@ def offers(
     zones: Mapping[str, Sequence[str]],
     prices: Mapping[tuple[str, str], Priced],
     hardware: Mapping[str, object],
+    *,
     volume: Mapping[str, float],
     home_region: str,
 ) -> list[Offer]:
@@ -144,14 +145,14 @@ def offers(
                 storage = volume_price(size, volume.get(region_of(zone), volume["default"]))
                 if cap is not None and (price.micro_usd + storage) * nodes > cap * MICRO:
                     continue
-                made.append(_offer(item, zone, price, storage, size, market))
+                made.append(_offer(item, zone, price, storage=storage, size=size, market=market))
         made.sort(key=lambda offer: (_place(offer.region, asked), offer.tariff.micro_usd_per_hour,
                                      region_of(offer.region) != home_region, offer.instance_type, offer.region))  # fmt: skip
         found += made
     return list({(offer.instance_type, offer.region): offer for offer in found}.values())
 
 
-def _offer(item: Kind, zone: str, price: Priced, storage: int, size: int, market: str) -> Offer:
+def _offer(item: Kind, zone: str, price: Priced, *, storage: int, size: int, market: str) -> Offer:
     gpu = f"{item.gpus}x {item.gpu}" if item.gpu else f"{item.vcpus} vCPU"
     return Offer(
         provider="ec2",

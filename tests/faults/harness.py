@@ -122,9 +122,10 @@ class Case:
 
     def record(self) -> RunRecord:
         """The record as it is now."""
+        run = self.run or self.only()
         store = Store(self.home, read_only=True)
         try:
-            record = store.record(self.run)
+            record = store.record(run)
         finally:
             store.close()
         assert record is not None

@@ -176,6 +176,16 @@ def test_socket_name_is_short_and_its_folder_private(tmp_path: Path, monkeypatch
     assert carrier.config.parent.stat().st_mode & 0o077 == 0
 
 
+def test_only_old_leftovers_are_tidied(tmp_path: Path) -> None:
+    for name in ("old", "living", "new"):
+        for kind in ("conf", "lock"):
+            (tmp_path / f"{name}.{kind}").touch()
+            os.utime(tmp_path / f"{name}.{kind}", None if name == "new" else (0, 0))
+    (tmp_path / "living.sock").touch()
+    openssh._tidy(tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*.conf")) == ["living.conf", "new.conf"]
+
+
 def test_ssh_failures_have_names(tmp_path: Path) -> None:
     carrier = openssh.Carrier(address(tmp_path))
     carrier.check(0, "")
