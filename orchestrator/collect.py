@@ -113,7 +113,10 @@ def _pull(
         raise VerificationError(
             f"the manifest of step {item.step} on the node is not the one that was announced"
         )
-    files = {entry.name: entry for entry in manifest.read(partial).files}
+    try:
+        files = {entry.name: entry for entry in manifest.read(partial).files}
+    except manifest.ManifestError as error:
+        raise VerificationError(f"step {item.step} has no manifest that can be used: {error}") from error
     stages = [[name for name in WEIGHTS if name in files], [name for name in files if name not in WEIGHTS]]
     for names in stages[: 1 if weights_only else 2]:
         missing = [name for name in names if not (final / name).exists()]

@@ -63,8 +63,8 @@ def _dotted(key: str | None) -> bool:
     return key is not None and key not in compare.COLUMNS
 
 
-def table(store: Store, ask: Ask) -> Table:
-    """The table. Raises Usage for a column that there is not."""
+def table(store: Store, ask: Ask, *, bare: bool = False) -> Table:
+    """The table; `bare`: the rows alone. Raises Usage for a column that there is not."""
     _check_columns(ask)
     found = entries(store, ask)
     if ask.group_by:
@@ -73,7 +73,10 @@ def table(store: Store, ask: Ask) -> Table:
     rows = compare.rows(found, ask.test_set)
     order = {id(row): index for index, row in enumerate(rows)}
     ranked = _sorted(rows, ask.sort)
-    by_order = [found[order[id(row)]] for row in ranked]
+    if bare:
+        return Table(ranked, ask.columns)
+    # Without their specs runs cannot tell which of them are repetitions.
+    by_order = [found[order[id(row)]] for row in ranked] if len(found) <= WITH_SPECS else []
     noise, best = {}, {}
     for loss in ("validation_loss", "test_loss"):
         sentence, good = _noise(by_order, ranked, loss, ask.sigma)

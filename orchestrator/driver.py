@@ -12,6 +12,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -150,7 +151,9 @@ def driver_alive(home: Path, run: str) -> bool:
 
 
 def write_heartbeat(path: Path, why: str, complaint: str | None, at: float) -> None:
-    """`driver.json`: what the driver waits for; read by those who follow. Not durable, replaced as a whole."""
+    """`driver.json`: what the driver waits for; read by those who follow. Not durable, replaced as a whole, and left as it
+    is while the disk is full."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"pid": os.getpid(), "time": at, "why": why, "complaint": complaint}))
-    temporary.replace(path)
+    with suppress(OSError):
+        temporary.write_text(json.dumps({"pid": os.getpid(), "time": at, "why": why, "complaint": complaint}))
+        temporary.replace(path)

@@ -98,11 +98,12 @@ def _finish(store: Store, run: str, sinks: tuple[Wandb, Notify]) -> None:
 
 
 def say(text: str) -> None:
-    """A line in driver.log."""
+    """A line in driver.log. Lost where the disk is full: that must not end the driver."""
     from datetime import UTC, datetime
 
-    sys.stdout.write(f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S}Z [{os.getpid()}] {text}\n")
-    sys.stdout.flush()
+    with suppress(OSError):
+        sys.stdout.write(f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S}Z [{os.getpid()}] {text}\n")
+        sys.stdout.flush()
 
 
 def _end_on_signal() -> None:

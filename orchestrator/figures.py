@@ -73,7 +73,7 @@ def percent(value: float | None) -> str:
 
 def sane(text: str) -> str:
     """`text` without escape sequences and control characters: what a node prints must not drive this terminal."""
-    return _CONTROL.sub("", text)
+    return text if text.isprintable() else _CONTROL.sub("", text)
 
 
 def spark(values: list[float], width: int) -> str:

@@ -23,14 +23,18 @@ class Journal:
 
     def __init__(self, raw: Path, folded: Path) -> None:
         self.raw, self._folded = raw, folded
+        self._begin()
+
+    def _begin(self) -> None:
         self._offset = 0
         self._state = metrics.State()
         self._attempts: dict[int, int] = {}
         """step → the attempt that announced its checkpoint last."""
-        self._mirror = metrics.Mirror(folded)
+        self._mirror = metrics.Mirror(self._folded)
 
     def read(self, run: RunRecord) -> None:
-        """Take in the whole lines that the raw file has gained, each attempt's by the clock of its own node."""
+        """Take in the whole lines that the raw file has gained, each attempt's by the clock of its own node. Raises
+        OSError where `metrics.jsonl` cannot be written."""
         if not self.raw.exists():
             return
         with self.raw.open("rb") as file:
@@ -52,7 +56,11 @@ class Journal:
         for step, line in self._state.checkpoints.items():
             if before.get(step) is not line:
                 self._attempts[step] = attempt
-        self._mirror.write(lines)
+        try:
+            self._mirror.write(lines)
+        except OSError:
+            self._begin()  # how much of it was written is not known: the next reading starts from the first line
+            raise
 
     def checkpoints(self, run: RunRecord) -> Iterator[dict[str, Any]]:
         """Announcements that the record does not have. The same bytes, made again by a later attempt, are news: they can be

@@ -48,12 +48,15 @@ class Mirror:
             return 0
 
     def append(self, data: bytes) -> bool:
-        """Add the next bytes; False (and nothing added) while this disk is nearly full."""
+        """Add the next bytes; False (and nothing added) while this disk is nearly full. Raises OSError where only a part, or
+        nothing, could be written: then the next bytes are those from `offset` on."""
         self.paused = shutil.disk_usage(self.path.parent).free < MIN_FREE_BYTES + len(data)
         if self.paused:
             return False
         with self.path.open("ab", buffering=0) as file:
-            file.write(data)
+            left = memoryview(data)
+            while left:
+                left = left[file.write(left) :]
         return True
 
     def lines(self) -> list[bytes]:

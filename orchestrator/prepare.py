@@ -29,6 +29,8 @@ from trainer import config, manifest
 
 DATA = "~/llmctl/data"
 """Shards by content hash, shared by the runs of a node."""
+SECRETS_FILE = "secrets.env"
+"""In the run's directory on a node, 0600, from the start of the trainer until it is collected."""
 
 
 class PreflightError(Exception):
@@ -340,7 +342,7 @@ def start(remote: Remote, run: RunRecord, secrets: Mapping[str, str], how: Start
     place = directory(run.run)
     secrets_file = None
     if secrets:
-        secrets_file = "secrets.env"
+        secrets_file = SECRETS_FILE
         body = "".join(f"{name}={value}\n" for name, value in secrets.items())
         remote.write(f"{place}/{secrets_file}", body.encode(), 0o600)
     remote.write(f"{place}/job.json", json.dumps(job(run, how, secrets_file), indent=1).encode(), 0o644)
@@ -349,6 +351,11 @@ def start(remote: Remote, run: RunRecord, secrets: Mapping[str, str], how: Start
         remote.write(f"{place}/deadline", f"{how.deadline.timestamp():.0f}\n".encode(), 0o644)
     argv = [how.environment["python"], "-m", "trainer", "supervise", "start"]
     remote.detach(argv, cwd=place, log="supervisor.log")
+
+
+def forget_secrets(remote: Remote, run: RunRecord) -> None:
+    """Remove the secrets from a node whose trainer has ended."""
+    remote.run(["rm", "-f", _bare(f"{directory(run.run)}/{SECRETS_FILE}")])
 
 
 def job(run: RunRecord, how: Start, secrets_file: str | None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +22,8 @@ STATE_STYLES = {
     "succeeded": "green", "failed": "red", "lost": "red", "stopped": "yellow", "training": "cyan",
     "waiting": "magenta", "planned": "magenta",
 }  # fmt: skip
+
+_ANSI = {"bold": "1", "red": "31", "green": "32", "yellow": "33", "magenta": "35", "cyan": "36"}
 
 
 def width(stream: TextIO | None = None) -> int:
@@ -50,30 +53,40 @@ class Column:
 
 
 def table(columns: Sequence[Column], rows: Sequence[Any], *, space: int | None = None) -> None:
-    """Print a table on stdout, without the columns for which there is no room."""
-    from rich.table import Table
-    from rich.text import Text
-
+    """Print a table on stdout, without the columns for which there is no room. Ten thousand rows are no matter."""
     room = space or width()
     cells = [[sane(column.cell(row)).replace("\n", " ") for column in columns] for row in rows]
     if room < NARROW:
         cells = [[_short(text, room * 2 // 5) for text in line] for line in cells]
     shown = fitting(columns, cells, room)
-    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_edge=False)
-    for index in shown:
-        column = columns[index]
-        grid.add_column(
-            column.title, justify="right" if column.right else "left", no_wrap=True, overflow="ellipsis",
-            header_style="bold",
-        )  # fmt: skip
-    for row, line in zip(rows, cells, strict=True):
-        grid.add_row(
-            *(
-                Text(line[index], style=style(row) if (style := columns[index].style) else "")
-                for index in shown
-            )
-        )
-    console().print(grid)
+    widths = [max(len(columns[index].title), *(len(line[index]) for line in cells), 0) for index in shown]
+    paint = coloured()
+    titles = [
+        _padded(columns[index].title, wide, columns[index].right)
+        for index, wide in zip(shown, widths, strict=True)
+    ]
+    lines = ["  ".join(_styled(title, "bold" if paint else "") for title in titles).rstrip()]
+    for row, texts in zip(rows, cells, strict=True):
+        parts = []
+        for index, wide in zip(shown, widths, strict=True):
+            column = columns[index]
+            style = column.style(row) if paint and column.style else ""
+            parts.append(_styled(_padded(texts[index], wide, column.right), style))
+        lines.append("  ".join(parts).rstrip())
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def coloured() -> bool:
+    """Whether stdout is a terminal that wants colours."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def _padded(text: str, wide: int, right: bool) -> str:
+    return text.rjust(wide) if right else text.ljust(wide)
+
+
+def _styled(text: str, style: str) -> str:
+    return f"\x1b[{_ANSI[style]}m{text}\x1b[0m" if style in _ANSI else text
 
 
 def _short(text: str, longest: int) -> str:

@@ -135,6 +135,8 @@ class NodeSite:
 
         def work() -> None:
             collect.drain(watch.remote, watch.directory, mirrors, self._clock)
+            if self._plan.secrets:  # nothing trains there any more, and the node may be kept
+                prepare.forget_secrets(watch.remote, run)
             found = collect.evaluations(watch.remote, watch.directory, run, self._clock, self._plan.decode)
             with self._lock:
                 self._news += found
@@ -147,8 +149,13 @@ class NodeSite:
     def close(self) -> None:
         """Stop looking. Jobs on the nodes go on."""
         for watch in self._watches.values():
-            watch.close()
+            self._leave(watch)
         self._puller.close()
+
+    def _leave(self, watch: Watch) -> None:
+        """Close the connections to a node, the one that carries files too."""
+        watch.close()
+        transfer.close(watch.remote)
 
     # ------------------------------------------------------------ watching
 
@@ -158,7 +165,7 @@ class NodeSite:
         addresses = {key: self._address(node) for key, node in nodes.items()}
         for key, watch in list(self._watches.items()):
             if addresses.get(key) != watch.remote.address:  # gone, or it answers elsewhere now
-                self._watches.pop(key).close()
+                self._leave(self._watches.pop(key))
         for key, address in addresses.items():
             if key not in self._watches:
                 assert run.attempt is not None
@@ -260,7 +267,7 @@ class NodeSite:
     # ------------------------------------------------------------ jobs
 
     def _start_job(self, name: str, work: Callable[[], None], key: str | None = None) -> None:
-        """Do `work` in a thread; its end becomes the job's state, a failure an event too."""
+        """Do `work` in a thread; its end, whatever it is, becomes the job's state, a failure an event too."""
         with self._lock:
             old = self._jobs.get(name)
             if old is not None and old.state == "running":
@@ -269,27 +276,31 @@ class NodeSite:
             self._jobs[name] = Job("running", self._clock.now(), failures)
 
         def run() -> None:
+            reason: str | None = "an unexpected error, whose traceback is in driver.log"
+            noted, fatal = False, False
             try:
                 work()
-                job = Job("done", self._clock.now())
+                reason = None
             except prepare.PreflightError as error:
-                job = Job("failed", self._clock.now(), failures + 1, str(error))
+                reason, noted = str(error), True
                 assert key is not None
-                self._add(e.node_stream(key), e.PreflightFailed(at=self._clock.now(), reason=str(error)))
+                self._add(e.node_stream(key), e.PreflightFailed(at=self._clock.now(), reason=reason))
             except NodeUnreachable as error:
                 # The link is at fault, not the node's work: tried again for as long as the node is not given up.
-                job = Job("failed", self._clock.now(), failures + 1, str(error))
+                reason, noted = str(error), True
             except _WORK_FAILS as error:
-                job = Job("failed", self._clock.now(), failures + 1, str(error))
-                fatal = isinstance(error, prepare.PrepareError) and error.fatal
-                word = name.rpartition("/")[2]
-                self._add(
-                    e.run_stream(self.run),
-                    e.JobFailed(at=self._clock.now(), job=word, reason=str(error), key=key, fatal=fatal),
-                )
-            with self._lock:
-                self._jobs[name] = job
-            self._wake()
+                reason, fatal = str(error), isinstance(error, prepare.PrepareError) and error.fatal
+            finally:
+                now = self._clock.now()
+                if reason is not None and not noted:
+                    word = name.rpartition("/")[2]
+                    failed = e.JobFailed(at=now, job=word, reason=reason, key=key, fatal=fatal)
+                    self._add(e.run_stream(self.run), failed)
+                with self._lock:
+                    self._jobs[name] = (
+                        Job("done", now) if reason is None else Job("failed", now, failures + 1, reason)
+                    )
+                self._wake()
 
         threading.Thread(target=run, name=name, daemon=True).start()
 

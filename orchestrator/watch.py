@@ -125,7 +125,11 @@ class Watch:
     def _login(self) -> dict[str, Any]:
         """The first verified command on the node."""
         before = self._clock.now().timestamp()
-        facts: dict[str, Any] = json.loads(self.remote.run(["python3", "-c", PROBE], timeout=30).text)
+        answer = self.remote.run(["python3", "-c", PROBE], timeout=30).text
+        try:
+            facts: dict[str, Any] = json.loads(answer)
+        except ValueError as error:
+            raise RemoteError(f"the node says nothing sensible of itself: {answer[:100]!r}") from error
         after = self._clock.now().timestamp()
         facts["clock_offset_seconds"] = round((before + after) / 2 - facts.pop("time"), 3)
         self._wake()
@@ -183,5 +187,5 @@ class Watch:
                     while data and not mirror.append(data) and not self._stop.is_set():
                         self._clock.wait(self._stop, 5.0)
                     self._wake()
-            except RemoteError:
+            except (RemoteError, OSError):  # the link is at fault, or this disk: it goes on from where the mirror ends
                 self._clock.wait(self._stop, 2.0)

@@ -61,7 +61,7 @@ class SshHardware(_Owned):
     user: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]*\$?$")] | None = None
     """Who logs in; null: your own user name."""
     identity_file: str | None = None
-    """Private key; null: the SSH agent and the usual files."""
+    """Private key; null: the first of `~/.ssh/id_ed25519`, `id_ecdsa` and `id_rsa`, else the key that llmctl makes for itself."""
 
 
 class _Rented(_Hardware):

@@ -106,7 +106,7 @@ def compare(
         document = comparing.difference(store, ask)
         answer(document, as_json=quiet, human=lambda: render_compare.difference(document))
         return
-    table = comparing.table(store, ask)
+    table = comparing.table(store, ask, bare=quiet)
     render_compare.say(table, "json" if quiet else form.value)
     if plot and not quiet:
         from orchestrator import render_plot
