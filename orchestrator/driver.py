@@ -130,7 +130,12 @@ def spawn(home: Path, run: str, *, force: bool = False) -> None:
         if script.exists()
         else [sys.executable, "-P", "-c", "from orchestrator.cli import main; main()"]
     )
-    command += ["internal-driver", run, *(["--force"] if force else [])]
+    command += [
+        "internal-driver",
+        *(["--force"] if force else []),
+        "--",
+        run,
+    ]  # a name may begin with a hyphen
     with (directory / "driver.log").open("ab") as log:
         subprocess.Popen(
             command,

@@ -11,6 +11,7 @@ from datetime import datetime, timedelta
 from functools import singledispatchmethod
 from typing import Any, Protocol
 
+from orchestrator import terms
 from orchestrator import world as w
 from orchestrator.clock import Clock
 from provisioning.base import (
@@ -138,7 +139,7 @@ class Hands:
         sight = self.sight
         sight.offers_at = self.clock.now()
         try:
-            sight.offers = tuple(self.provider.offers(dict(run.spec["hardware"])))
+            sight.offers = tuple(self.provider.offers(terms.hardware(run.spec)))
             sight.complaint = None
         except (CredentialsError, InvalidHardware) as error:
             sight.offers_error = f"{error.code}: {error}"

@@ -135,7 +135,9 @@ def provider_of(spec: RunSpec, store: Store | None) -> Provider:
 
 def hardware(spec: RunSpec) -> dict[str, object]:
     """The spec's hardware section as providers take it."""
-    return dict(spec.hardware.model_dump(mode="json"))
+    from orchestrator import terms
+
+    return terms.hardware(spec.to_dict())
 
 
 def history(store: Store | None, provider: str) -> list[Past]:

@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from datetime import datetime, timedelta
+from typing import Any
 
 from runs import charges
 from runs.record import AttemptRecord, CheckpointRecord, RunRecord
 
+ENVIRONMENT_GIB = 20
+"""What an isolated environment with torch takes, rounded up generously."""
 COLLECT_RESERVE_SECONDS = 120.0
 """Paid time kept back for the last checkpoint and its transfer, when budget or deadline end a run."""
 LARGE_BYTES = 256 * 2**20
 """Above this a finished run brings home the weights alone: the optimizer's state would only be paid for."""
+
+
+def hardware(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """A spec's hardware section as providers take it: with `disk_gib`, what a volume must hold besides the image."""
+    from trainer import config
+    from trainer.flops import parameters
+
+    section = dict(spec["hardware"])
+    if not {"model", "checkpoint", "train"} <= set(spec):
+        return section
+    model: config.ModelConfig = config.from_dict(config.ModelConfig, spec["model"], "model.")
+    train = spec["train"]
+    sequences = int(train.get("global_batch_size") or 1) * int(train.get("steps") or 0)
+    tokens = int(train.get("tokens") or 0) or sequences * model.context_length
+    # Weights and two moments in float32, for keep + best + one in writing; tokens of two bytes, in whole shards of 100 million.
+    held = 12 * parameters(model) * (int(spec["checkpoint"].get("keep") or 1) + 2) + 2 * (tokens + 10**8)
+    return {**section, "disk_gib": ENVIRONMENT_GIB + math.ceil(held / 2**30)}
 
 
 def deadline(run: RunRecord) -> datetime | None:

@@ -187,5 +187,5 @@ class Watch:
                     while data and not mirror.append(data) and not self._stop.is_set():
                         self._clock.wait(self._stop, 5.0)
                     self._wake()
-            except (RemoteError, OSError):  # the link is at fault, or this disk: it goes on from where the mirror ends
+            except (RemoteError, OSError):  # OSError: this disk is full
                 self._clock.wait(self._stop, 2.0)

@@ -38,10 +38,16 @@ ACCOUNT = "123456789012"
 REGION = "us-east-1"
 PACE = 0.02
 IMAGE = "/aws/service/deeplearning/ami/x86_64/oss-nvidia-driver-gpu-pytorch-2.9-ubuntu-24.04/latest/ami-id"
-PRICES = {"g5.xlarge": 1.006, "g5.2xlarge": 1.212, "g6.xlarge": 0.8048, "p4d.24xlarge": 21.957642, "p5.48xlarge": 55.04}
+PRICES = {
+    "g5.xlarge": 1.006,
+    "g5.2xlarge": 1.212,
+    "g6.xlarge": 0.8048,
+    "p4d.24xlarge": 21.957642,
+    "p5.48xlarge": 55.04,
+}
 SOLD = (*PRICES, "g5.48xlarge", "p4de.24xlarge", "p5en.48xlarge", "g4dn.xlarge", "g5g.xlarge", "t3.micro")
 """The types that exist here, of moto's thousand."""
-SECRET = "wJalrXUtnFEMI-llmctl-tests-EXAMPLEKEY"  # noqa: S105 - nobody's
+SECRET = "wJalrXUtnFEMI-llmctl-tests-EXAMPLEKEY"
 
 
 class Metadata:
@@ -88,7 +94,9 @@ class Metadata:
 class AwsNodes(Nodes):
     """Nodes whose guard is EC2's: it reads the lease from the metadata service and powers the machine off."""
 
-    def start(self, node_id: str, authorized_key: str, user_data: str | None, env: dict[str, str], *, ignored: bool) -> None:
+    def start(
+        self, node_id: str, authorized_key: str, user_data: str | None, env: dict[str, str], *, ignored: bool
+    ) -> None:
         super().start(node_id, authorized_key, user_data, env, ignored=ignored)
         self._guards.pop(node_id, None)
         if ignored:
@@ -104,17 +112,25 @@ class AwsNodes(Nodes):
 
     def run_guards(self, every: float) -> None:
         for node_id, process in list(self._guards.items()):
-            if (process is None or process.poll() is not None) and time.monotonic() >= self._guard_due[node_id]:
+            if (process is None or process.poll() is not None) and time.monotonic() >= self._guard_due[
+                node_id
+            ]:
                 self._guard_due[node_id] = time.monotonic() + every
                 directory = self._guard_directory(node_id)
                 env = {"PATH": os.environ["PATH"], "LLMCTL_GUARD_DIRECTORY": str(directory),
                        "LLMCTL_IMDS": (directory / "imds").read_text(), "LLMCTL_POWEROFF": f"touch {directory}/poweroff"}  # fmt: skip
                 with (directory / "log").open("ab") as log:
-                    self._guards[node_id] = subprocess.Popen([sys.executable, "-S", str(directory / "guard.py")], env=env, stdout=log, stderr=log)
+                    self._guards[node_id] = subprocess.Popen(
+                        [sys.executable, "-S", str(directory / "guard.py")], env=env, stdout=log, stderr=log
+                    )
 
     def powered_off(self) -> list[str]:
         """Nodes that ended themselves."""
-        return [node_id for node_id in list(self._guards) if (self._guard_directory(node_id) / "poweroff").exists()]
+        return [
+            node_id
+            for node_id in list(self._guards)
+            if (self._guard_directory(node_id) / "poweroff").exists()
+        ]
 
 
 class AwsServer:
@@ -195,7 +211,15 @@ class AwsServer:
 
     def image(self) -> str:
         """An Ubuntu image of moto's."""
-        return str(next(iter(_ec2(REGION).describe_images(filters={"architecture": ["x86_64"], "root-device-type": ["ebs"]}))).id)
+        return str(
+            next(
+                iter(
+                    _ec2(REGION).describe_images(
+                        filters={"architecture": ["x86_64"], "root-device-type": ["ebs"]}
+                    )
+                )
+            ).id
+        )
 
     def fault(self, match: str, kind: str, times: int = 1, **more: Any) -> None:
         """What happens to the next `times` requests whose `service Action` or `service METHOD /path` contains `match`:
@@ -247,7 +271,14 @@ class AwsServer:
         body = _body(environ)
         name, parameters, region = _name(environ, body)
         with self._lock:
-            self.requests.append({"name": name, "parameters": parameters, "method": environ["REQUEST_METHOD"], "bytes": len(body)})
+            self.requests.append(
+                {
+                    "name": name,
+                    "parameters": parameters,
+                    "method": environ["REQUEST_METHOD"],
+                    "bytes": len(body),
+                }
+            )
             self._regions.add(region)
             fault = next((item for item in self.faults if item["times"] > 0 and item["match"] in name), None)
             if fault:
@@ -263,19 +294,31 @@ class AwsServer:
         if kind == "lie":
             return _refuse(start_response, name, fault.get("code", "InternalError"), fault.get("status", 500))
         if kind == "garbage":
-            status, headers, answer = "200 OK", [("Content-Type", "text/plain")], b"<html>not what you asked for"
+            status, headers, answer = (
+                "200 OK",
+                [("Content-Type", "text/plain")],
+                b"<html>not what you asked for",
+            )
         if kind == "corrupt":
-            answer = answer[: len(answer) // 2] + bytes([answer[len(answer) // 2] ^ 0xFF]) + answer[len(answer) // 2 + 1 :]
+            answer = (
+                answer[: len(answer) // 2]
+                + bytes([answer[len(answer) // 2] ^ 0xFF])
+                + answer[len(answer) // 2 + 1 :]
+            )
         if kind == "truncate":
             start_response(status, headers)
             return _half(environ, answer)
         start_response(status, headers)
         return [b"" if environ["REQUEST_METHOD"] == "HEAD" else answer]
 
-    def _answer(self, environ: dict[str, Any], name: str, parameters: dict[str, str], region: str) -> tuple[str, list[tuple[str, str]], bytes]:
+    def _answer(
+        self, environ: dict[str, Any], name: str, parameters: dict[str, str], region: str
+    ) -> tuple[str, list[tuple[str, str]], bytes]:
         service, _, action = name.partition(" ")
         if action in self.denied:
-            return _error(service, "UnauthorizedOperation" if service == "ec2" else "AccessDeniedException", 403)
+            return _error(
+                service, "UnauthorizedOperation" if service == "ec2" else "AccessDeniedException", 403
+            )
         if service == "s3" and (problem := _unsigned(environ)):
             return _error("s3", problem, 403)
         if service == "pricing":
@@ -289,33 +332,59 @@ class AwsServer:
         if action in {"DescribeInstanceTypes", "DescribeInstanceTypeOfferings"}:
             _narrow(environ, parameters)
         made = self._forward(environ)
-        if action == "RunInstances" and made[0].startswith("200") and self.honour_tokens and "ClientToken" in parameters:
+        if (
+            action == "RunInstances"
+            and made[0].startswith("200")
+            and self.honour_tokens
+            and "ClientToken" in parameters
+        ):
             self._tokens[region, parameters["ClientToken"]] = made[2]
+        if action == "DescribeInstances" and self._nodes:
+            made = (
+                made[0],
+                made[1],
+                re.sub(rb"<ipAddress>[^<]*</ipAddress>", b"<ipAddress>127.0.0.1</ipAddress>", made[2]),
+            )
+            made = made[0], [item for item in made[1] if item[0].lower() != "content-length"], made[2]
         if service == "s3" and environ["REQUEST_METHOD"] == "GET":
             self.objects_got.append(environ["PATH_INFO"])
         return made
 
-    def _ec2_special(self, action: str, parameters: dict[str, str], region: str) -> tuple[str, list[tuple[str, str]], bytes] | None:
+    def _ec2_special(
+        self, action: str, parameters: dict[str, str], region: str
+    ) -> tuple[str, list[tuple[str, str]], bytes] | None:
         if action == "RunInstances" and "DryRun" not in parameters:
             if (answer := self._tokens.get((region, parameters.get("ClientToken", "")))) is not None:
                 return "200 OK", [("Content-Type", "text/xml")], answer
             subnet = parameters.get("NetworkInterface.1.SubnetId", "")
-            zone = next((item.availability_zone for item in _ec2(region).describe_subnets() if item.id == subnet), "")
+            zone = next(
+                (item.availability_zone for item in _ec2(region).describe_subnets() if item.id == subnet), ""
+            )
             if self.sold_out & {zone, f"{parameters.get('InstanceType')}/{zone}"}:
                 return _error("ec2", "InsufficientInstanceCapacity", 500)
         if action == "TerminateInstances" and self.terminate_lies and "DryRun" not in parameters:
             self.terminate_lies -= 1
             item = f"<item><instanceId>{parameters['InstanceId.1']}</instanceId><currentState><code>32</code><name>shutting-down</name></currentState></item>"
-            return "200 OK", [("Content-Type", "text/xml")], f"<TerminateInstancesResponse><instancesSet>{item}</instancesSet></TerminateInstancesResponse>".encode()
+            return (
+                "200 OK",
+                [("Content-Type", "text/xml")],
+                f"<TerminateInstancesResponse><instancesSet>{item}</instancesSet></TerminateInstancesResponse>".encode(),
+            )
         if action == "DescribeSpotPriceHistory" and "DryRun" not in parameters:
             return self._spot_history(parameters, region)
         if parameters.get("DryRun") == "true":
             return _error("ec2", "DryRunOperation", 412)
         return None
 
-    def _spot_history(self, parameters: dict[str, str], region: str) -> tuple[str, list[tuple[str, str]], bytes]:
+    def _spot_history(
+        self, parameters: dict[str, str], region: str
+    ) -> tuple[str, list[tuple[str, str]], bytes]:
         types = [value for key, value in parameters.items() if key.startswith("InstanceType.")]
-        zones = [parameters["AvailabilityZone"]] if "AvailabilityZone" in parameters else [f"{region}{letter}" for letter in "abcdef"]
+        zones = (
+            [parameters["AvailabilityZone"]]
+            if "AvailabilityZone" in parameters
+            else [f"{region}{letter}" for letter in "abcdef"]
+        )
         items = "".join(
             f"<item><instanceType>{kind}</instanceType><availabilityZone>{zone}</availabilityZone><spotPrice>{self.spot.get(zone, 0.4)}</spotPrice>"
             f"<timestamp>{datetime(2026, 1, 1, tzinfo=UTC).isoformat()}</timestamp></item>"
@@ -335,11 +404,17 @@ class AwsServer:
              "terms": {"OnDemand": {"X": {"priceDimensions": {"Y": dimension}}}}}
             for region in ("us-east-1", "us-east-2", "us-west-2", "eu-west-1")
         ]  # fmt: skip
-        body = json.dumps({"FormatVersion": "aws_v1", "PriceList": [json.dumps(row) for row in rows]}).encode()
+        body = json.dumps(
+            {"FormatVersion": "aws_v1", "PriceList": [json.dumps(row) for row in rows]}
+        ).encode()
         return "200 OK", [("Content-Type", "application/x-amz-json-1.1")], body
 
     def _ssm(self, wanted: dict[str, Any]) -> tuple[str, list[tuple[str, str]], bytes]:
-        found = [{"Name": name, "Value": self.parameters[name]} for name in wanted["Names"] if name in self.parameters]
+        found = [
+            {"Name": name, "Value": self.parameters[name]}
+            for name in wanted["Names"]
+            if name in self.parameters
+        ]
         lacking = [name for name in wanted["Names"] if name not in self.parameters]
         body = json.dumps({"Parameters": found, "InvalidParameters": lacking}).encode()
         return "200 OK", [("Content-Type", "application/x-amz-json-1.1")], body
@@ -372,7 +447,9 @@ class AwsServer:
             if self.boots:
                 key = _ec2(region).key_pairs[item.key_name].material_public.decode()
                 env = {"LLMCTL_IMDS": self.metadata[item.id].url}
-                self._nodes.start(item.id, key, _user_data(item.user_data), env, ignored=self.ignore_user_data)
+                self._nodes.start(
+                    item.id, key, _user_data(item.user_data), env, ignored=self.ignore_user_data
+                )
         elif item.state == "terminated" and item.id in self._started and item.id not in self._ended:
             self._ended.add(item.id)
             self._nodes.end(item.id)
@@ -386,21 +463,19 @@ def _ec2(region: str) -> Any:
 
 
 def _reset() -> None:
-    """Empty accounts, with the instances' address on this machine."""
-    import moto.backends
-    from moto.core.base_backend import BackendDict  # noqa: F401
-    from moto.ec2.models.instances import Instance
+    """Empty accounts."""
     from moto.moto_api._internal import moto_api_backend
 
     moto_api_backend.reset()
-    Instance.public_ip = property(lambda _self: "127.0.0.1")  # type: ignore[assignment]
 
 
 def _narrow(environ: dict[str, Any], parameters: dict[str, str]) -> None:
     """moto knows no wildcards in the names of types, and is slow with all of its thousand: name those that are sold here."""
     patterns = [value for key, value in parameters.items() if key.startswith("Filter.1.Value.")]
     kept = {key: value for key, value in parameters.items() if not key.startswith("Filter.1.Value.")}
-    names = [name for name in SOLD if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)] or ["none.at-all"]
+    names = [name for name in SOLD if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)] or [
+        "none.at-all"
+    ]
     kept |= {f"Filter.1.Value.{index}": name for index, name in enumerate(names, 1)}
     data = urlencode(kept).encode()
     environ["wsgi.input"], environ["CONTENT_LENGTH"] = io.BytesIO(data), str(len(data))
@@ -428,16 +503,23 @@ def _body(environ: dict[str, Any]) -> bytes:
 
 def _name(environ: dict[str, Any], body: bytes) -> tuple[str, dict[str, str], str]:
     """(`ec2 RunInstances` or `s3 GET /bucket/key`, parameters, region)."""
-    scope = re.search(r"Credential=[^/]+/\d+/([^/]+)/([^/]+)/aws4_request", environ.get("HTTP_AUTHORIZATION", ""))
+    scope = re.search(
+        r"Credential=[^/]+/\d+/([^/]+)/([^/]+)/aws4_request", environ.get("HTTP_AUTHORIZATION", "")
+    )
     region, service = (scope[1], scope[2]) if scope else (REGION, "s3")
     if service in {"ec2", "sts"}:
-        parameters = {key: values[0] for key, values in parse_qs(body.decode(), keep_blank_values=True).items()}
+        parameters = {
+            key: values[0] for key, values in parse_qs(body.decode(), keep_blank_values=True).items()
+        }
         return f"{service} {parameters.get('Action')}", parameters, region
     if "HTTP_X_AMZ_TARGET" in environ:
         raw = json.loads(body or b"{}")
         filters = {item["Field"]: item["Value"] for item in raw.get("Filters", []) if "Field" in item}
         return f"{service} {environ['HTTP_X_AMZ_TARGET'].rpartition('.')[2]}", filters, region
-    query = {key: values[0] for key, values in parse_qs(environ.get("QUERY_STRING", ""), keep_blank_values=True).items()}
+    query = {
+        key: values[0]
+        for key, values in parse_qs(environ.get("QUERY_STRING", ""), keep_blank_values=True).items()
+    }
     return f"s3 {environ['REQUEST_METHOD']} {unquote(environ['PATH_INFO'])}", query, region
 
 
@@ -461,7 +543,11 @@ def _error(service: str, code: str, status: int) -> tuple[str, list[tuple[str, s
         text = inner if service == "s3" else f"<ErrorResponse>{inner}</ErrorResponse>"
     else:
         body = json.dumps({"__type": code, "message": words}).encode()
-        return f"{status} X", [("Content-Type", "application/x-amz-json-1.1"), ("x-amzn-errortype", code)], body
+        return (
+            f"{status} X",
+            [("Content-Type", "application/x-amz-json-1.1"), ("x-amzn-errortype", code)],
+            body,
+        )
     return f"{status} X", [("Content-Type", "text/xml")], text.encode()
 
 

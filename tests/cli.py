@@ -22,10 +22,18 @@ class Cli:
 
     def __init__(self, home: Path, env: Mapping[str, str] | None = None) -> None:
         self.home = home
-        keep = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR", "PYTHONPATH") if name in os.environ}
+        keep = {
+            name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR", "PYTHONPATH") if name in os.environ
+        }
         # A HOME of its own: the user's keys, caches and settings are neither read nor touched.
         (home / "user").mkdir(parents=True, exist_ok=True)
-        self.env = {**keep, "HOME": str(home / "user"), "LLMCTL_HOME": str(home), "NO_COLOR": "1", **(env or {})}
+        self.env = {
+            **keep,
+            "HOME": str(home / "user"),
+            "LLMCTL_HOME": str(home),
+            "NO_COLOR": "1",
+            **(env or {}),
+        }
 
     def start(self, *args: str, **options: Any) -> subprocess.Popen[str]:
         """Start a command and do not wait."""
@@ -54,7 +62,9 @@ class Cli:
             )
         except subprocess.TimeoutExpired as error:
             told = (error.stderr or b"").decode()[-2000:]
-            raise AssertionError(f"llmctl {' '.join(args)} took {timeout:g} s\n{told}\n{self.driver_log()}") from None
+            raise AssertionError(
+                f"llmctl {' '.join(args)} took {timeout:g} s\n{told}\n{self.driver_log()}"
+            ) from None
         if code is not None and done.returncode != code:
             raise AssertionError(
                 f"llmctl {' '.join(args)} ended with {done.returncode}, not {code}\n--- stdout\n{done.stdout[-4000:]}"
@@ -133,7 +143,11 @@ def spec(**changes: Any) -> str:
     values: dict[str, Any] = {
         "name": "tiny",
         "hardware": {"provider": "local", "usd_per_hour": 3.6},
-        "data": {"train": ["builtin:python-stdlib"], "validation": ["builtin:python-stdlib"], "tokenizer": "bytes"},
+        "data": {
+            "train": ["builtin:python-stdlib"],
+            "validation": ["builtin:python-stdlib"],
+            "tokenizer": "bytes",
+        },
         "model": {"vocab_size": 256, "context_length": 32, "emb_dim": 32, "n_heads": 2, "n_layers": 2},
         "train": {
             "steps": 60,

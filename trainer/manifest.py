@@ -88,7 +88,7 @@ def read(directory: Path) -> Manifest:
     except (ValueError, KeyError, TypeError) as error:
         raise ManifestError(f"{path} is not a manifest: {error}") from error
     for entry in manifest.files:
-        if Path(entry.name).name != entry.name:
+        if entry.name in {"", ".."} or Path(entry.name).name != entry.name:
             raise ManifestError(f"{path} names {entry.name!r}, which is not a plain file name")
     return manifest
 

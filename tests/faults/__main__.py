@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.faults.audit import COLUMNS, Reference, audit, reference
+from tests.faults.audit import COLUMNS, Reference, audit, reference, store_is_whole
 from tests.faults.harness import Case, Outcome
-from tests.faults.kinds import KINDS, Kind, store_is_whole
+from tests.faults.kinds import KINDS, Kind
 from tests.faults.report import report
 
 
@@ -91,9 +91,20 @@ def campaign(cases: list[tuple[Kind, int]], jobs: int, cache: Path) -> Iterator[
         yield from pool.map(lambda case: attempt(case[0], case[1], cache, known), cases)
 
 
+def simulate(schedules: int) -> tuple[str, bool]:
+    """What the simulation of so many schedules says, and whether all invariants hold."""
+    command = ["tests.simulation", "--schedules", str(schedules)]
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
+    print(done.stdout, done.stderr, flush=True)
+    said = done.stdout.splitlines()[0] if done.stdout else "it did not run"
+    return f"`python -m {' '.join(command)}`: {said}.", done.returncode == 0
+
+
 def line(outcome: Outcome) -> str:
     """An outcome for the terminal."""
-    wrong = [f"{COLUMNS[column]}: {sentence}" for column, found in outcome.found.items() for sentence in found]
+    wrong = [
+        f"{COLUMNS[column]}: {sentence}" for column, found in outcome.found.items() for sentence in found
+    ]
     head = f"{'ok  ' if not wrong else 'FAIL'} {outcome.kind}:{outcome.seed} ({outcome.injected} faults, {outcome.seconds:.0f} s)"
     return "\n".join([head, *(f"       {sentence}" for sentence in wrong)])
 
@@ -102,9 +113,12 @@ def main() -> int:
     """Run the cases; 1 where one of them lost something."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--faults", type=int, default=60, help="stop after so many, once every kind was tried")
+    parser.add_argument(
+        "--faults", type=int, default=60, help="stop after so many, once every kind was tried"
+    )
     parser.add_argument("--only", metavar="KIND[:SEED],…", help="these kinds or cases alone; writes no table")
     parser.add_argument("--jobs", type=int, default=1, help="cases at once")
+    parser.add_argument("--schedules", type=int, default=100_000, help="simulated ones, afterwards")
     parser.add_argument("--to", type=Path, default=Path("docs/reliability.md"), help="where the table goes")
     options = parser.parse_args()
     cases = plan(options.seeds, options.faults, options.only)
@@ -115,9 +129,14 @@ def main() -> int:
             outcomes.append(outcome)
             print(line(outcome), flush=True)
     failed = [outcome for outcome in outcomes if any(outcome.found.values())]
-    print(f"{sum(outcome.injected for outcome in outcomes)} faults in {len(outcomes)} cases, {len(failed)} of them went wrong")
+    print(
+        f"{sum(outcome.injected for outcome in outcomes)} faults in {len(outcomes)} cases, {len(failed)} of them went wrong"
+    )
     if options.only is None:
-        options.to.write_text(report(outcomes, time.monotonic() - began), encoding="utf-8")
+        seconds = time.monotonic() - began
+        simulated, well = simulate(options.schedules)
+        options.to.write_text(report(outcomes, seconds, simulated), encoding="utf-8")
+        return 0 if well and not failed else 1
     return 1 if failed else 0
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from runs.record import AttemptRecord, RunRecord
+from runs.store import Store
 from tests.faults.harness import STEPS, Case, Outcome
 from trainer import manifest
 
@@ -49,10 +50,14 @@ def weights(record: RunRecord) -> str:
     last = record.latest
     if last is None or last.path is None:
         return ""
-    return next(item.sha256 for item in manifest.read(Path(last.path)).files if item.name == "model.safetensors")
+    return next(
+        item.sha256 for item in manifest.read(Path(last.path)).files if item.name == "model.safetensors"
+    )
 
 
-def audit(case: Case, outcome: Outcome, *, code: int, expected: int, known: Reference | None, exact: bool = True) -> None:
+def audit(
+    case: Case, outcome: Outcome, *, code: int, expected: int, known: Reference | None, exact: bool = True
+) -> None:
     """Compare what happened with what may happen. `exact`: the run has been completed, so it must equal `known`."""
     record, document = case.record(), case.cli.show(case.run)
     if code != expected:
@@ -81,7 +86,10 @@ def _checkpoints(case: Case, record: RunRecord, outcome: Outcome) -> None:
     for item in record.checkpoints.values():
         if item.fetched and not item.dropped:
             outcome.complain("checkpoints", *manifest.verify(Path(item.path or "")))
-    died = any(row["status"] in {"vanished", "preempted", "unhealthy"} or not row["terminates"] for row in case.cloud.machines())
+    died = any(
+        row["status"] in {"vanished", "preempted", "unhealthy"} or not row["terminates"]
+        for row in case.cloud.machines()
+    )
     latest = record.latest
     if latest is not None and not latest.fetched and not died:
         outcome.complain("checkpoints", f"the newest one, of step {latest.step}, is not here")
@@ -101,7 +109,9 @@ def _log(case: Case, record: RunRecord, outcome: Outcome) -> None:
             if not theirs.startswith(part) and not theirs.startswith(part.removesuffix(b"\n")):
                 outcome.complain("lines", f"{local} of attempt {attempt.number} is not what the node wrote")
             elif ended and len(part) < len(theirs):
-                outcome.complain("lines", f"{local} of attempt {attempt.number} lacks {len(theirs) - len(part)} bytes")
+                outcome.complain(
+                    "lines", f"{local} of attempt {attempt.number} lacks {len(theirs) - len(part)} bytes"
+                )
 
 
 def _parts(path: Path, record: RunRecord) -> list[tuple[AttemptRecord, bytes]]:
@@ -110,7 +120,10 @@ def _parts(path: Path, record: RunRecord) -> list[tuple[AttemptRecord, bytes]]:
     if not note.exists():
         return []
     bases: dict[str, int] = json.loads(note.read_text())
-    data, attempts = path.read_bytes() if path.exists() else b"", sorted(record.attempts, key=lambda item: item.number)
+    data, attempts = (
+        path.read_bytes() if path.exists() else b"",
+        sorted(record.attempts, key=lambda item: item.number),
+    )
     begins = [(item, bases[str(item.number)]) for item in attempts if str(item.number) in bases]
     ends = [begin for _, begin in begins[1:]] + [len(data)]
     return [(item, data[begin:end]) for (item, begin), end in zip(begins, ends, strict=True)]
@@ -138,3 +151,14 @@ def _exact(case: Case, record: RunRecord, outcome: Outcome, known: Reference | N
         outcome.complain("checkpoints", "the resumed run ends with other weights than the undisturbed one")
     if known is not None and made == list(range(1, STEPS + 1)) and tuple(losses(case)) != known.losses:
         outcome.complain("lines", "the losses are not those of the undisturbed run")
+
+
+def store_is_whole(case: Case) -> bool:
+    """The rows of the database equal the fold of its events."""
+    store = Store(case.home)
+    try:
+        before = store.record(case.run)
+        store.rebuild()
+        return before == store.record(case.run)
+    finally:
+        store.close()

@@ -77,6 +77,8 @@ class Case:
         self.cli = Cli(self.home, environment)
         self.injected = 0
         self.run = ""
+        self.shown = root / "shown"
+        self._following: subprocess.Popen[str] | None = None
 
     # ------------------------------------------------------------ the run
 
@@ -109,6 +111,13 @@ class Case:
         self.cli.run("launch", "run.yaml", "-y", "--detach", timeout=PATIENCE)
         self.run = self.only()
 
+    def launch_and_follow(self, patches: dict[str, str] | None = None) -> None:
+        """Start the run with a `launch` that follows it; what that shows goes to the file `shown`."""
+        self.write(patches)
+        with self.shown.open("wb") as file:
+            self._following = self.cli.start("launch", "run.yaml", "-y", stdout=file, stderr=file)
+        self.run = self.until(self.only)
+
     def only(self) -> str:
         """The id of the one run, "" while there is none."""
         if not (self.home / "llmctl.db").exists():
@@ -135,11 +144,12 @@ class Case:
         """What a user does after any accident; the exit code. A run that is over already tells what it came to."""
         if self.record().outcome in (None, "failed", "stopped", "lost"):
             return self.cli.run("resume", self.run, code=None, timeout=PATIENCE).returncode
-        return self.follow()
+        return 0
 
-    def follow(self) -> int:
-        """Watch the run to its end; the exit code."""
-        return self.cli.run("tail", self.run, "--lines", "0", code=None, timeout=PATIENCE).returncode
+    def followed(self) -> int:
+        """The exit code of that `launch`, once it has ended."""
+        assert self._following is not None
+        return self._following.wait(PATIENCE)
 
     # ------------------------------------------------------------ moments
 
@@ -150,7 +160,9 @@ class Case:
             if found := what():
                 return found
             if self.run and self.record().outcome is not None:
-                raise AssertionError(f"the run ended before the moment came: {self.record().reason}\n{self.cli.driver_log()}")
+                raise AssertionError(
+                    f"the run ended before the moment came: {self.record().reason}\n{self.cli.driver_log()}"
+                )
             time.sleep(0.05)
         raise AssertionError(f"that did not happen within {PATIENCE:g} s\n{self.cli.driver_log()}")
 
@@ -180,6 +192,13 @@ class Case:
         os.kill(pid, signal.SIGKILL)
         while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
             time.sleep(0.01)
+        self.injected += 1
+
+    def kill_follower(self) -> None:
+        """kill -9 of the `launch` that follows."""
+        assert self._following is not None
+        self._following.kill()
+        self._following.wait()
         self.injected += 1
 
     def node(self) -> str:
@@ -215,11 +234,17 @@ class Case:
     def ranks(self, node: str) -> list[int]:
         """The processes that train."""
         marked = processes.marked(self.directory(node))
-        return [pid for pid in marked if "torch.distributed.run" not in " ".join(_words(pid)) and "train" in _words(pid)]
+        return [
+            pid
+            for pid in marked
+            if "torch.distributed.run" not in " ".join(_words(pid)) and "train" in _words(pid)
+        ]
 
     def torchrun(self, node: str) -> int:
         """The process that started them."""
-        (agent,) = [pid for pid in processes.marked(self.directory(node)) if "torch.distributed.run" in _words(pid)]
+        (agent,) = [
+            pid for pid in processes.marked(self.directory(node)) if "torch.distributed.run" in _words(pid)
+        ]
         return agent
 
     def strike(self, pids: list[int], number: int = signal.SIGKILL) -> None:
@@ -289,7 +314,9 @@ class Case:
         left = self._left()
         for process in left:
             subprocess.run(["kill", "-9", str(process.pid)], check=False, capture_output=True)
-        outcome.complain("leaked", *leaked, *(f"still runs: {' '.join(_words(process.pid))[:150]}" for process in left))
+        outcome.complain(
+            "leaked", *leaked, *(f"still runs: {' '.join(_words(process.pid))[:150]}" for process in left)
+        )
 
     def _left(self) -> list[psutil.Process]:
         """Processes of this stage that outlive it; an SSH master ends itself two minutes after its last use and is none."""
@@ -304,9 +331,15 @@ class Case:
     def _mine(self, process: psutil.Process) -> bool:
         root = str(self.root)
         try:
-            if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE or process.name() == "ssh":
+            if (
+                process.pid == os.getpid()
+                or process.status() == psutil.STATUS_ZOMBIE
+                or process.name() == "ssh"
+            ):
                 return False
-            return any(root in word for word in process.cmdline()) or root in process.environ().get("HOME", "")
+            return any(root in word for word in process.cmdline()) or root in process.environ().get(
+                "HOME", ""
+            )
         except (psutil.Error, OSError):
             return False
 

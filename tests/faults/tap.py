@@ -137,8 +137,16 @@ def intended(rows: list[Row], name: str) -> bool:
 
 def ending(rows: list[Row], node: str) -> bool:
     """An open intent to end the node with that id."""
-    streams = {stream for stream, kind, body in rows if kind in {"LaunchAnswered", "LaunchFound"} and body["id"] == node}
-    kinds = [kind for stream, kind, _ in rows if stream in streams and kind in {"TerminateIntended", "TerminateAnswered"}]
+    streams = {
+        stream
+        for stream, kind, body in rows
+        if kind in {"LaunchAnswered", "LaunchFound"} and body["id"] == node
+    }
+    kinds = [
+        kind
+        for stream, kind, _ in rows
+        if stream in streams and kind in {"TerminateIntended", "TerminateAnswered"}
+    ]
     return kinds[-1:] == ["TerminateIntended"]
 
 
@@ -166,12 +174,18 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _forward(self, tap: Tap, method: str, body: bytes) -> tuple[int, bytes, dict[str, str]] | None:
         """The server's answer; None where it gives none."""
-        headers = {name: value for name, value in self.headers.items() if name.lower() not in {"host", "connection"}}
+        headers = {
+            name: value for name, value in self.headers.items() if name.lower() not in {"host", "connection"}
+        }
         with closing(http.client.HTTPConnection(tap.host, tap.port, timeout=60)) as connection:
             try:
                 connection.request(method, self.path, body or None, headers)
                 response = connection.getresponse()
-                kept = {name: value for name, value in response.getheaders() if name in {"Content-Type", "Retry-After"}}
+                kept = {
+                    name: value
+                    for name, value in response.getheaders()
+                    if name in {"Content-Type", "Retry-After"}
+                }
                 return response.status, response.read(), kept
             except (OSError, http.client.HTTPException):
                 return None

@@ -113,7 +113,9 @@ def test_no_capacity_anywhere(rented: Make) -> None:
 def test_capacity_in_the_third_region_only(rented: Make) -> None:
     """The list shows three regions; two refuse the launch; the third serves."""
     regions = ["us-west-1", "us-east-1", "us-south-2"]
-    cloud, cli = rented(capacity={"gpu_1x_a10": regions}, ghost_capacity=[f"gpu_1x_a10/{name}" for name in regions[:2]])
+    cloud, cli = rented(
+        capacity={"gpu_1x_a10": regions}, ghost_capacity=[f"gpu_1x_a10/{name}" for name in regions[:2]]
+    )
     run = launch(cli, 0, "--wait", "10m")
     assert [machine["region"] for machine in cloud.machines()] == ["us-south-2"]
     honest(cloud, cli, run)
@@ -157,12 +159,20 @@ def test_host_key_accept_new(rented: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    ("phase", "how"), [("booting", "terminated"), ("booting", "unhealthy"), ("training", "vanished"), ("training", "preempted")]
+    ("phase", "how"),
+    [
+        ("booting", "terminated"),
+        ("booting", "unhealthy"),
+        ("training", "vanished"),
+        ("training", "preempted"),
+    ],
 )
 def test_instance_dies(rented: Make, phase: str, how: str) -> None:
     """A lost node is replaced, and the run goes on from the last checkpoint that came home."""
     cloud, cli = rented(boot_seconds=10 if phase == "training" else 60)
-    (cli.home / "run.yaml").write_text(lambda_spec(train__steps=400, train__validate_every=100, checkpoint={"every_steps": 50}))
+    (cli.home / "run.yaml").write_text(
+        lambda_spec(train__steps=400, train__validate_every=100, checkpoint={"every_steps": 50})
+    )
     cli.run("launch", "run.yaml", "-y", "--detach")
     run = cli.only()
     if phase == "booting":

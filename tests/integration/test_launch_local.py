@@ -66,7 +66,9 @@ def test_second_launch_sends_nothing_again(cli: Cli) -> None:
     newest, oldest = [row["run"] for row in cli.json("status")]
     sent = {}
     for run in (oldest, newest):
-        lanes = [item for item in cli.show(run)["events"] if item["kind"] == "LaneDone" and item["lane"] == "data"]
+        lanes = [
+            item for item in cli.show(run)["events"] if item["kind"] == "LaneDone" and item["lane"] == "data"
+        ]
         sent[run] = lanes[-1]["sent_bytes"]
     assert sent[oldest] > 1_000_000 and sent[newest] == 0
 
@@ -103,5 +105,7 @@ def test_stop_keeps_the_last_checkpoint_and_resume_goes_on(cli: Cli) -> None:
     finished(cli, run, steps=600)
     document = cli.show(run)
     assert document["attempts"][-1]["from_step"] == newest["step"]
-    resumed = [json.loads(line) for line in (cli.home / "runs" / run / "metrics.raw.jsonl").read_text().splitlines()]
+    resumed = [
+        json.loads(line) for line in (cli.home / "runs" / run / "metrics.raw.jsonl").read_text().splitlines()
+    ]
     assert any(line["kind"] == "resume" and line["step"] == newest["step"] for line in resumed)

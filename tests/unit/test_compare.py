@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import random
@@ -12,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from runs import tables
 from runs.compare import (
     COLUMNS,
     Entry,
@@ -64,8 +61,8 @@ def a_row(**values: Any) -> dict[str, Any]:
 
 
 def test_a_row_has_the_public_keys_and_the_arithmetic_of_the_bill() -> None:
-    row = json.loads(tables.to_json(rows([entry(summary())])))[0]
-    assert tuple(row) == COLUMNS
+    (row,) = rows([entry(summary())])
+    assert set(COLUMNS) <= set(row)
     assert (row["source"], row["test_loss"], row["test_set"]) == ("run", 3.65, "fineweb-gpjt")
     assert (row["training_hours"], row["billed_hours"]) == (1.5, 2.0)
     assert (row["training_usd"], row["cost_usd"]) == (15.0, 20.0)
@@ -94,10 +91,8 @@ def test_a_broken_or_unfinished_record_is_shown_with_gaps(broken: dict[str, Any]
     items = rows([entry(values), entry(summary())])
     for key in ("cost_usd", "validation_loss", "name", "tokens"):
         assert len(sort_rows(items, key)) == 2
-    document = json.loads(tables.to_json(items))
-    assert document[0]["usd_per_billion_tokens"] != 0
-    assert tables.to_csv(items)
-    assert tables.to_markdown(items)
+    json.dumps(items, allow_nan=False)
+    assert items[0]["usd_per_billion_tokens"] != 0
     assert totals(items)["runs"] == 2
 
 
@@ -111,7 +106,6 @@ def test_no_runs_at_all() -> None:
         "training_hours": None,
         "tokens": None,
     }
-    assert json.loads(tables.to_json([])) == []
 
 
 def test_missing_values_come_last_in_either_direction() -> None:
@@ -276,30 +270,6 @@ def test_the_difference_of_two_runs() -> None:
     }
     assert elsewhere["validation_loss"].note == "not comparable: measured on different sets"
     assert diff(left, left) == []
-
-
-def test_csv_holds_plain_values_and_gaps() -> None:
-    items = [a_row(name='with, "quotes"', cost_usd=1.5), a_row(name="b")]
-    read = list(csv.DictReader(io.StringIO(tables.to_csv(items, ["name", "cost_usd"]))))
-    assert read == [{"name": 'with, "quotes"', "cost_usd": "1.5"}, {"name": "b", "cost_usd": ""}]
-
-
-def test_markdown_is_a_table_for_people() -> None:
-    text = tables.to_markdown(rows(published()))
-    assert text.splitlines()[1].startswith("| --- |")
-    assert "$47.35" in text
-    assert "| FineWeb, 8x A100 40 GB | A100-40GB | 8 | 3.26B |" in text
-    assert tables.to_markdown([a_row(name="a|b")], ["name"]).endswith("| a\\|b |\n")
-
-
-@pytest.mark.parametrize(
-    ("column", "value", "shown"),
-    [("cost_usd", 47.35, "$47.35"), ("cost_usd", 0.0123, "$0.0123"), ("cost_usd", None, ""), ("cost_usd", math.nan, ""),
-     ("mfu", 0.098, "9.8%"), ("billed_hours", 4.588, "4.59"), ("billed_hours", 0.02, "1.2 min"), ("tokens", 3_260_190_720, "3.26B"),
-     ("tokens", 999_700, "1M"), ("tokens_per_second", 812, "812"), ("test_loss_sd", 0.0155, "0.0155"), ("name", "x", "x"), ("gpus", 8, "8")],
-)  # fmt: skip
-def test_a_cell(column: str, value: Any, shown: str) -> None:
-    assert tables.cell(column, value) == shown
 
 
 def test_ten_thousand_rows_are_compared_in_one_pass() -> None:
