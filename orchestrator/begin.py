@@ -72,14 +72,13 @@ def say_recipe(file: Path, recipe: str) -> None:
 # ---------------------------------------------------------------- launch
 
 
-def begin(store: Store, plan: Plan, limits: Limits, *, on_node: str | None = None) -> str:
+def begin(store: Store, plan: Plan, limits: Limits) -> str:
     """Create the run that was planned, with its data resolved before anything is rented, and start its driver.
 
     Raises DataError where the data cannot serve; then there is no run.
     """
     from orchestrator import sources
 
-    key = kept_node(store, on_node) if on_node is not None else None
     data = resolve(store.home, plan)
     run = requests.create(
         store,
@@ -87,7 +86,6 @@ def begin(store: Store, plan: Plan, limits: Limits, *, on_node: str | None = Non
         now=SystemClock().now(),
         wait_seconds=limits.wait_seconds,
         max_usd=limits.max_usd,
-        on_node=key,
     )
     sources.save_plan(data, run_dir(store.home, run) / "data.json")
     spawn(store.home, run)
@@ -106,19 +104,6 @@ def state_of(store: Store, run: str) -> str:
     """The run's state as it is stored now."""
     row = store.summary(run)
     return str(row["state"]) if row else "planned"
-
-
-def kept_node(store: Store, word: str) -> str:
-    """The key of the kept node that `word` names: its key, its name, its id, or its run. Raises Usage."""
-    nodes = [node for node in store.nodes(unsettled=True) if node.kept]
-    for node in nodes:
-        if word in {node.key, node.marker.name, node.id, node.run}:
-            return node.key
-    known = ", ".join(node.key for node in nodes)
-    raise Usage(
-        f"no kept node is called {word!r}",
-        f"kept: {known}" if known else "a run with node.on_finish: keep leaves one",
-    )
 
 
 def resolve(home: Path, plan: Plan) -> DataPlan:

@@ -15,6 +15,7 @@ from typing import Any
 from orchestrator import prepare, sources
 from orchestrator.access import Access
 from orchestrator.awake import inhibit_sleep
+from orchestrator.buckets import objects_for
 from orchestrator.clock import Clock, SystemClock
 from orchestrator.driver import Driver, drive, take_over, write_heartbeat
 from orchestrator.effects import Hands
@@ -79,13 +80,19 @@ def build(
 
 def plan_of(home: Path, run: str, spec: RunSpec) -> prepare.Plan:
     """What will be sent, from the spec: tokenised, hashed and listed before a node is rented."""
+    objects = objects_for(spec.trainer_config())
     data = sources.load_plan(run_dir(home, run) / "data.json")
     if data is None:
-        data = sources.resolve_spec(spec.trainer_config(), cache=home / "cache")
+        data = sources.resolve_spec(spec.trainer_config(), cache=home / "cache", objects=objects)
         sources.save_plan(data, run_dir(home, run) / "data.json")
     names = [*spec.node.secrets, *(["WANDB_API_KEY"] if spec.wandb.from_ == "node" else [])]
     return prepare.Plan(
-        home, data, spec.trainer_config(), prepare.trainer_path(spec.to_dict()), prepare.secret_values(names)
+        home,
+        data,
+        spec.trainer_config(),
+        prepare.trainer_path(spec.to_dict()),
+        prepare.secret_values(names),
+        objects,
     )
 
 

@@ -225,7 +225,6 @@ class Hands:
                     keys=effect.keys,
                     from_step=effect.from_step,
                     world_size=effect.world_size,
-                    reused=effect.reused,
                 ),
             ),
         )

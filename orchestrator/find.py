@@ -22,6 +22,7 @@ from orchestrator import corpora
 from orchestrator.dataerrors import DataError, Offline
 from orchestrator.hashes import Progress, quiet
 from orchestrator.hub import Hub, HubFile, HubName
+from provisioning.objects import ObjectInfo
 from trainer import shards
 
 HEAD_BYTES = 64 * 1024
@@ -29,16 +30,6 @@ SAMPLES, SAMPLE_BYTES = 16, 16 * 1024
 _CODES = {"uint16": "H", "uint32": "I"}
 _MAGIC = frozenset("*?[")
 Part = Literal["train", "validation"]
-
-
-@dataclass(frozen=True)
-class ObjectInfo:
-    """An object of a bucket."""
-
-    key: str
-    """s3://bucket/key"""
-    bytes: int
-    etag: str
 
 
 class ObjectStore(Protocol):
@@ -142,11 +133,32 @@ class Finder:
         )
         if not keys:
             raise DataError(f"{source}: no such object", "`llmctl data push` puts shards there")
+        hashes = self._pushed_hashes(keys)
         made = [
-            Found(source, Path(key).name, url=key, revision=listed[key].etag, bytes=listed[key].bytes)
+            Found(
+                source,
+                Path(key).name,
+                url=key,
+                revision=listed[key].etag,
+                sha256=hashes.get(key),
+                bytes=listed[key].bytes,
+            )
             for key in keys
         ]
         return [self._inspect(item, self.objects.presign_get(item.url or "")) for item in made]
+
+    def _pushed_hashes(self, keys: Sequence[str]) -> dict[str, str]:
+        """SHA-256 by key, where `data push` left its shards.json beside the shards."""
+        assert self.objects is not None
+        hashes: dict[str, str] = {}
+        for folder in sorted({key.rpartition("/")[0] for key in keys}):
+            for item in self.objects.list(f"{folder}/shards.json"):
+                if item.key == f"{folder}/shards.json":
+                    raw = json.loads(self.hub.read(self.objects.presign_get(item.key), 0, item.bytes))
+                    hashes |= {
+                        f"{folder}/{entry['name']}": str(entry["sha256"]) for entry in raw.get("shards", ())
+                    }
+        return hashes
 
     def _inspect(self, found: Found, readable: str) -> Found:
         """With what the first bytes of a published file tell. Raises DataError."""

@@ -115,7 +115,7 @@ def _unwanted(run: RunRecord, world: w.World, now: datetime) -> w.Effect | w.Wai
     """A living node that no open attempt has, and that nobody keeps."""
     wanted = run.attempt.keys if run.attempt is not None and run.live else ()
     for node in run.nodes:
-        if not node.alive or node.key in wanted or (node.run != run.run and not node.kept):
+        if not node.alive or node.key in wanted:
             continue
         if not node.kept:
             return w.Terminate(node.key, "unwanted")

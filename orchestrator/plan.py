@@ -166,12 +166,17 @@ def data_plan(spec: RunSpec, home: Path) -> tuple[DataPlan | None, list[str]]:
     """
     from orchestrator import sources
     from orchestrator.begin import bar
+    from orchestrator.buckets import objects_for
     from orchestrator.dataerrors import Offline
 
     try:
         with bar() as progress:
             data = sources.resolve_spec(
-                spec.trainer_config(), cache=home / "cache", pinned=False, progress=progress
+                spec.trainer_config(),
+                cache=home / "cache",
+                objects=objects_for(spec.trainer_config()),
+                pinned=False,
+                progress=progress,
             )
     except Offline as error:
         return None, [f"the data could not be looked at: {error}"]

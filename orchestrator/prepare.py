@@ -24,6 +24,8 @@ from orchestrator import environment, sources, transfer
 from orchestrator.collect import here
 from orchestrator.connection import CommandFailed
 from orchestrator.remote import Remote
+from provisioning.base import ProviderError
+from provisioning.objects import S3
 from runs.record import NodeRecord, RunRecord
 from trainer import config, manifest
 
@@ -55,6 +57,8 @@ class Plan:
     """Paths as the spec has them; `node_config` puts the node's in."""
     trainer_path: Path
     secrets: dict[str, str] = field(default_factory=dict, repr=False)
+    objects: S3 | None = None
+    """The buckets that the run reads or pushes to; None: none."""
 
     def decode(self, tokens: list[int]) -> str:
         """Text of tokens, by the run's tokenizer."""
@@ -253,16 +257,22 @@ def _data(remote: Remote, plan: Plan, complete: Done) -> None:
         local = {f"{DATA}/{item.node_name}": item.path for item in group if item.path is not None}
         moved = transfer.push(remote, local, immutable=True)
         sent += moved.bytes_sent
-        _pull_on_node(remote, [item for item in group if item.url is not None], plan.secrets)
+        _pull_on_node(remote, [item for item in group if item.url is not None], plan.secrets, plan.objects)
         complete(name, Lane(plan_hash(plan), time.monotonic() - started, sent, {"method": moved.method}))
 
 
-def _pull_on_node(remote: Remote, shards: Sequence[sources.Shard], secrets: Mapping[str, str]) -> None:
+def _pull_on_node(
+    remote: Remote, shards: Sequence[sources.Shard], secrets: Mapping[str, str], objects: S3 | None
+) -> None:
     """Let the node fetch what has a URL, with many ranges in parallel; a token that it needs is in that process's
     environment alone."""
     if not shards:
         return
-    wanted = [sources.pull_item(item, f"{_bare(DATA)}/{item.node_name}") for item in shards]
+    try:
+        # Signed now, not when the run was planned: a try that is made again has addresses that are good again.
+        wanted = [sources.pull_item(item, f"{_bare(DATA)}/{item.node_name}", objects) for item in shards]
+    except ProviderError as error:
+        raise PrepareError(f"the data's addresses could not be signed: {error}") from error
     body = json.dumps({"files": wanted}).encode()
     name = f"llmctl/pull-{hashlib.sha256(body).hexdigest()[:12]}.json"
     remote.write(f"~/{name}", body, 0o600)

@@ -38,7 +38,6 @@ def new_id(store: Store, name: str) -> str:
 
 def create(
     store: Store, spec: RunSpec, *, now: datetime, wait_seconds: float = 0.0, max_usd: float | None = None,
-    on_node: str | None = None,
 ) -> str:  # fmt: skip
     """Create the run: its folder, `spec.yaml`, and the event that makes it exist. Nothing is rented.
 
@@ -56,7 +55,6 @@ def create(
         max_micro_usd=round(limit * MICRO) if limit is not None else None,
         max_seconds=spec.budget.max_hours * 3600 if spec.budget.max_hours is not None else None,
         wait_seconds=wait_seconds,
-        on_node=on_node,
     )
     try:
         directory.mkdir(parents=True)

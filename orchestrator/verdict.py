@@ -28,8 +28,6 @@ def between(run: RunRecord, world: w.World, now: datetime) -> w.Effect | w.Wait 
     verdict = _verdict(run, now)
     if verdict is not None:
         return verdict
-    if run.on_node is not None and not any(item.keys for item in run.attempts):
-        return _take_over(run)
     return _next_offer(run, world, now)
 
 
@@ -79,14 +77,6 @@ def _failure(run: RunRecord, attempt: AttemptRecord) -> str:
     jobs = [reason for _, reason in attempt.failures.values()]
     detail = next((text for text in (*told, *jobs) if text), "")
     return f"{attempt.end_reason}: {detail}" if detail else str(attempt.end_reason)
-
-
-def _take_over(run: RunRecord) -> w.Effect | None:
-    """`launch --on NODE`: the kept node is the attempt."""
-    node = run.node(run.on_node) if run.on_node else None
-    if node is None or not node.alive:
-        return w.EndRun("failed", f"{run.on_node} is gone")
-    return w.BeginAttempt(1, node.offer, (node.key,), 0, terms.world_size(run, node.offer.gpus), reused=True)
 
 
 def _next_offer(run: RunRecord, world: w.World, now: datetime) -> w.Effect | w.Wait:

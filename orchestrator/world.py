@@ -120,7 +120,6 @@ class BeginAttempt:
     keys: tuple[str, ...]
     from_step: int
     world_size: int
-    reused: bool = False
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ class Aws:
                 try:
                     self._session = boto3.session.Session()
                 except BotoCoreError as error:
-                    raise _without_answer(error, "boto3", effect=False) from None
+                    raise without_answer(error, "boto3", effect=False) from None
             return self._session
 
     @property
@@ -131,7 +131,7 @@ class Aws:
                 try:
                     self._clients[key] = self.session.client(service, region_name=key[1], config=settings)
                 except (BotoCoreError, ValueError) as error:
-                    raise _without_answer(error, service, effect=False) from None
+                    raise without_answer(error, service, effect=False) from None
             return self._clients[key]
 
     def read(
@@ -168,7 +168,7 @@ def _call(client: Any, operation: str, parameters: dict[str, Any], *, effect: bo
     except ClientError as error:
         raise refusal(error, operation, parameters, effect=effect) from None
     except (BotoCoreError, HTTPClientError) as error:
-        raise _without_answer(error, operation, effect=effect) from None
+        raise without_answer(error, operation, effect=effect) from None
     return answer
 
 
@@ -231,7 +231,7 @@ def quota_hint(parameters: dict[str, Any]) -> str:
     )
 
 
-def _without_answer(error: Exception, operation: str, *, effect: bool) -> ProviderError:
+def without_answer(error: Exception, operation: str, *, effect: bool) -> ProviderError:
     """A failure on this side of the wire, or an answer that cannot be read."""
     name = type(error).__name__
     if name in {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "ConfigNotFound"}:

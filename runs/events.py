@@ -52,8 +52,6 @@ class RunCreated(Event):
     max_seconds: float | None = None
     wait_seconds: float = 0.0
     """How long to wait for capacity."""
-    on_node: str | None = None
-    """Key of a kept node that this run takes over."""
     sweep: str | None = None
 
 
@@ -126,8 +124,6 @@ class AttemptStarted(Event):
     from_step: int
     world_size: int
     microbatch_size: int | None = None
-    reused: bool = False
-    """The nodes are kept ones of an earlier run."""
 
 
 class LaneDone(Event):

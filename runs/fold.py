@@ -152,7 +152,6 @@ def fold_run(run: RunRecord | None, event: e.RunEvent) -> RunRecord:
             spec=event.spec,
             steps=event.steps,
             created_at=event.at,
-            on_node=event.on_node,
             sweep=event.sweep,
             max_micro_usd=event.max_micro_usd,
             max_seconds=event.max_seconds,
@@ -223,7 +222,6 @@ def _attempt_started(run: RunRecord, event: e.AttemptStarted) -> RunRecord:
         from_step=event.from_step,
         world_size=event.world_size,
         microbatch_size=event.microbatch_size,
-        reused=event.reused,
         started_at=event.at,
     )
     return _with(run, attempts=(*run.attempts[:-1], attempt), state="booting")

@@ -98,7 +98,6 @@ class AttemptRecord(Fact):
     from_step: int
     world_size: int
     microbatch_size: int | None = None
-    reused: bool = False
     started_at: datetime
     ended_at: datetime | None = None
     end_reason: str | None = None
@@ -170,7 +169,6 @@ class RunRecord(Fact):
     spec: Mapping[str, Any]
     steps: int
     created_at: datetime
-    on_node: str | None = None
     sweep: str | None = None
     max_micro_usd: int | None = None
     max_seconds: float | None = None

@@ -248,7 +248,7 @@ class TrainerConfig:
 def check(config: TrainerConfig) -> None:
     """Refuse what cannot be trained, before a node or a GPU is touched. Raises ConfigError naming the field."""
     _check_model(config.model)
-    _check_train(config.train, config.model)
+    _check_train(config.train)
     checkpoint = config.checkpoint
     _require(checkpoint.every_steps >= 0, "checkpoint.every_steps", "must not be negative")
     _require(checkpoint.keep >= 1, "checkpoint.keep", "at least one checkpoint must stay")
@@ -286,7 +286,7 @@ def _check_model(model: ModelConfig) -> None:
         )
 
 
-def _check_train(train: TrainConfig, model: ModelConfig) -> None:
+def _check_train(train: TrainConfig) -> None:
     _require((train.tokens is None) != (train.steps is None), "train.tokens", "give either tokens or steps")
     for name in (
         "tokens",

@@ -117,9 +117,6 @@ def launch(
     wait: WaitFor = None,
     max_usd: MaxUsd = None,
     assignments: Assignments = None,
-    on: Annotated[
-        str | None, typer.Option("--on", metavar="NODE", help="Run on a node that is kept.")
-    ] = None,
     yes: Yes = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show plan, request and bytes to send; change nothing.")
@@ -149,7 +146,7 @@ def launch(
     if made.rented and not confirm(f"Rent it, for {made.price_text}?", yes=yes):
         tell("nothing was rented")
         return 130
-    run = begin.begin(store, made, limits, on_node=on)
+    run = begin.begin(store, made, limits)
     if detach:
         begin.wait_for_driver(store.home, run, SystemClock())
         answer(

@@ -176,7 +176,7 @@ def test_instance_dies(rented: Make, phase: str, how: str) -> None:
     cli.run("launch", "run.yaml", "-y", "--detach")
     run = cli.only()
     if phase == "booting":
-        machine = cli.wait(lambda: cloud.machines())[0]
+        machine = cli.wait(cloud.machines)[0]
     else:
         cli.wait(lambda: any(item["fetched"] for item in cli.show(run)["checkpoints"]))
         machine = cloud.machines()[0]
