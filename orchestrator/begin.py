@@ -111,7 +111,8 @@ def resolve(home: Path, plan: Plan) -> DataPlan:
     from orchestrator import sources
 
     with bar() as progress:
-        return sources.resolve_spec(plan.spec.trainer_config(), cache=home / "cache", progress=progress)
+        config = plan.spec.trainer_config()
+        return sources.resolve_spec(config, cache=home / "cache", objects=objects_for(config), progress=progress)
 
 
 class bar:  # noqa: N801  used as a context, like open()

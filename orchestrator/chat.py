@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from orchestrator.errors import Usage
+from orchestrator.errors import Invalid, Usage
 from orchestrator.models import Drawing, Opened, stream
 
 
@@ -84,18 +84,18 @@ def template_of(opened: Opened, name: str | None = None) -> Template:
 
 
 def prompt(name: str, instruction: str, context: str = "", *, system: str | None = None) -> str:
-    """The prompt of one request. Raises Usage for an empty one."""
+    """The prompt of one request. Raises Invalid for an empty one, Usage for an unknown template."""
     if not instruction.strip():
-        raise Usage("the instruction is empty", "say what the model is to do")
+        raise Invalid("the instruction is empty", "say what the model is to do")
     return template(name).render([Turn(instruction, context)], system)
 
 
 def respond(
     opened: Opened, turns: Sequence[Turn], how: Drawing, *, name: str | None = None, system: str | None = None
 ) -> Iterator[str]:
-    """The answer to the last turn, piece by piece. Raises Usage."""
+    """The answer to the last turn, piece by piece. Raises Invalid, Usage."""
     if not turns or not turns[-1].instruction.strip():
-        raise Usage("the instruction is empty", "say what the model is to do")
+        raise Invalid("the instruction is empty", "say what the model is to do")
     chosen = template_of(opened, name)
     first = True
     for text in stream(opened, chosen.render(turns, system), how, stop=chosen.stop):

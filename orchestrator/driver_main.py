@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from orchestrator import prepare, sources
+from orchestrator import collect, fetch, prepare, sources
 from orchestrator.access import Access
 from orchestrator.awake import inhibit_sleep
 from orchestrator.buckets import objects_for
@@ -22,7 +22,7 @@ from orchestrator.effects import Hands
 from orchestrator.sinks import Notify, Wandb
 from orchestrator.site import NodeSite
 from provisioning import open_provider
-from provisioning.base import Home
+from provisioning.base import Home, ProviderError
 from runs import spec as specs
 from runs.record import RunRecord
 from runs.sections import RunSpec
@@ -70,6 +70,13 @@ def build(
     hardware = {**record.spec["hardware"], "self_terminate": spec.node.self_terminate}
     provider = open_provider(record.provider, home, hardware)
     plan = plan_of(home.path, run, spec)
+    try:
+        recovered = fetch.recover(store, record)
+    except (ProviderError, collect.VerificationError, OSError) as error:
+        say(f"S3 could not be asked for a newer checkpoint: {error}")
+    else:
+        if recovered is not None:
+            say(f"step {recovered} came from S3: the run goes on from there")
     access = Access(home, hardware, provider.traits)
     site = NodeSite(home.path, run, clock, wake.set, address=access.address, plan=plan)
     hands = Hands(store, provider, site, clock, epoch, access.request)

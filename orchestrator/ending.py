@@ -75,7 +75,7 @@ def fetch_checkpoint(
 
     wanted = which or run.spec["checkpoint"]["fetch"]
     wanted = "best" if wanted == "none" else wanted
-    chosen = fetch.choose(run, wanted)
+    chosen = fetch.choose(run, wanted, fetch.elsewhere(run))
     sound = [_sound(run, item) for item in chosen]
     with bar() as progress:
         told = None if quiet else lambda done, total: progress("checkpoint", done, total)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from orchestrator.errors import Invalid
-from orchestrator.models import byte_vocabulary, fitting, tokenizer_of
+from orchestrator.models import byte_vocabulary, fitting, need_torch, tokenizer_of
 
 END_OF_TEXT = "<|endoftext|>"
 _GPT2_FILES = {
@@ -38,8 +38,6 @@ def export(
 
     Raises Invalid where no transformers architecture computes the same, or the tokenizer cannot be had.
     """
-    from orchestrator.modelling import need_torch
-
     need_torch()
     from trainer import checkpoint as checkpoints
     from trainer import hf

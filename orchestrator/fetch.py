@@ -1,4 +1,5 @@
-"""`fetch-checkpoint`: a verified copy of a run's checkpoint, from this side where it is here, else from its living node."""
+"""`fetch-checkpoint`: a verified copy of a run's checkpoint: from this side where it is here, else from S3 where it was pushed
+there, which asks nothing of the node, else from its living node."""
 
 from __future__ import annotations
 
@@ -6,11 +7,12 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from orchestrator import collect, transfer
+from orchestrator import collect, pushed, transfer
 from orchestrator.access import Access
 from orchestrator.remote import Remote
 from provisioning import open_provider
-from provisioning.base import Home
+from provisioning.base import Home, ProviderError
+from provisioning.objects import S3
 from runs import events as e
 from runs.record import CheckpointRecord, RunRecord
 from runs.store import Store, run_dir, utcnow
@@ -27,9 +29,33 @@ class NothingToFetch(Exception):
         self.hint = hint
 
 
-def choose(run: RunRecord, which: str) -> list[CheckpointRecord]:
-    """The checkpoints that `best`, `latest`, `all` or a step mean. Raises NothingToFetch."""
-    have = run.available
+def elsewhere(run: RunRecord) -> list[CheckpointRecord]:
+    """Checkpoints that are whole in S3. Raises ProviderError where nothing else is available either."""
+    try:
+        store = _bucket(run)
+        there = pushed.found(store, run) if store is not None else []
+    except ProviderError:
+        if run.available:
+            return []
+        raise
+    made = []
+    for item in there:
+        known = run.checkpoints.get(item.step)
+        same = known if known is not None and known.sha256 == item.sha256 else None
+        made.append(
+            same or CheckpointRecord(step=item.step, sha256=item.sha256, bytes=item.bytes, seen_at=utcnow())
+        )
+    return made
+
+
+def _bucket(run: RunRecord) -> S3 | None:
+    return S3() if pushed.prefix(run) is not None else None
+
+
+def choose(run: RunRecord, which: str, more: Sequence[CheckpointRecord] = ()) -> list[CheckpointRecord]:
+    """The checkpoints that `best`, `latest`, `all` or a step mean, `more` (from `elsewhere`) among them. Raises NothingToFetch."""
+    known = {item.step: item for item in more} | {item.step: item for item in run.available}
+    have = [item for _, item in sorted(known.items())]
     if not have:
         raise NothingToFetch(
             f"{run.run} has no checkpoint",
@@ -38,8 +64,8 @@ def choose(run: RunRecord, which: str) -> list[CheckpointRecord]:
     if which == "all":
         return have
     if which in {"best", "latest"}:
-        one = run.best if which == "best" else run.latest
-        return [one] if one is not None else []
+        judged = [(item.validation_loss, item.step) for item in have if item.validation_loss is not None]
+        return [known[min(judged)[1]] if which == "best" and judged else have[-1]]
     named = [item for item in have if str(item.step) == which]
     if not named:
         raise NothingToFetch(
@@ -67,9 +93,44 @@ def fetch(
     for item in items:
         whole = collect.here(Path(item.path)) if item.path else None
         if whole is None or whole.sha256 != item.sha256 or (whole.weights_only and not weights_only):
-            whole = _from_node(store, run, item, folder, weights_only=weights_only, progress=progress)
+            whole = _from_bucket(store, run, item, folder)
+            whole = whole or _from_node(
+                store, run, item, folder, weights_only=weights_only, progress=progress
+            )
         result.append(_copy(whole, to, weights_only=weights_only) if to is not None else whole)
     return result
+
+
+def recover(store: Store, run: RunRecord) -> int | None:
+    """Bring home the newest checkpoint in S3 where it is newer than the newest here and no node lives that could have a newer
+    one still: a run that lost its node while this machine was away goes on from there. Its step, or None. Raises as `fetch`."""
+    if not run.live or not run.attempts or pushed.prefix(run) is None:
+        return None
+    if any(node.alive for node in run.attempt_nodes()):
+        return None
+    newer = [item for item in elsewhere(run) if item.step > run.resume_step]
+    if not newer:
+        return None
+    whole = _from_bucket(store, run, newer[-1], run_dir(store.home, run.run) / "checkpoints")
+    return whole.step if whole else None
+
+
+def _from_bucket(store: Store, run: RunRecord, item: CheckpointRecord, folder: Path) -> collect.Whole | None:
+    """From S3, where it is whole there; None where it is not, or cannot be had now."""
+    try:
+        bucket = _bucket(run)
+        there = pushed.found(bucket, run) if bucket is not None else []
+        match = next((one for one in there if (one.step, one.sha256) == (item.step, item.sha256)), None)
+        if bucket is None or match is None:
+            return None
+        folder.mkdir(parents=True, exist_ok=True)
+        whole = pushed.fetch(bucket, match, folder)
+    except (ProviderError, collect.VerificationError):
+        if any(node.alive and node.ip for node in run.attempt_nodes()):
+            return None  # the node may have it
+        raise
+    _note(store, run, whole)
+    return whole
 
 
 def _from_node(
@@ -93,6 +154,12 @@ def _from_node(
         whole = collect.pull(
             remote, f"~/llmctl/runs/{run.run}", item, folder, weights_only=weights_only, progress=progress
         )
+    _note(store, run, whole)
+    return whole
+
+
+def _note(store: Store, run: RunRecord, whole: collect.Whole) -> None:
+    """The record knows that it is here."""
     verified = e.CheckpointVerified(
         at=utcnow(),
         step=whole.step,
@@ -102,7 +169,6 @@ def _from_node(
         weights_only=whole.weights_only,
     )
     store.commit([(e.run_stream(run.run), verified)])
-    return whole
 
 
 def _copy(whole: collect.Whole, to: Path, *, weights_only: bool) -> collect.Whole:

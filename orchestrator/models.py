@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from orchestrator.dataerrors import DataError, Offline
-from orchestrator.errors import Invalid, Usage
+from orchestrator.errors import Invalid
 
 if TYPE_CHECKING:
-    from runs.store import Store
     from trainer.config import TrainerConfig
     from trainer.model import GPT
     from trainer.tokenize import Tokenizer
@@ -49,54 +48,56 @@ class Drawing:
     tokens: int = 128
 
 
-def locate(word: str | Path, *, store: Store | None = None, which: str = "best") -> Path:
-    """The folder that a run, a path or a name on the Hub means. Raises NoSuchRun, Invalid, DataError."""
+def need_torch(device: str = "cpu") -> None:
+    """Raise Invalid where torch is not installed, naming the extra, or has no such device."""
+    from importlib.util import find_spec
+
+    missing = [name for name in ("torch", "numpy", "safetensors") if find_spec(name) is None]
+    if missing:
+        raise Invalid(
+            f"this needs {', '.join(missing)} on this machine",
+            "pip install 'llmctl[trainer]'",
+            code="no-extra",
+        )
+    if device == "cpu":
+        return
+    import torch
+
+    if not device.startswith("cuda") or not torch.cuda.is_available():
+        raise Invalid(f"torch has no device {device!r} on this machine", "--device cpu")
+
+
+def locate(word: str | Path) -> Path:
+    """The folder that a path or a name on the Hub means. Raises Invalid, DataError."""
     text = str(word)
     if text.startswith("hf://"):
         return from_hub(text)
     path = Path(text).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").exists():
-            raise Invalid(
-                f"{path} has no config.json, so it is no model",
-                "name a step-NNNNNN folder or a Hugging Face folder",
-            )
-        return path.resolve()
-    if store is None or "/" in text:
+    if not path.is_dir():
         raise Invalid(
             f"{text} is no folder",
             "name a run, a step-NNNNNN folder, a Hugging Face folder, or hf://owner/name",
         )
-    from orchestrator import modelling
+    if not (path / "config.json").exists():
+        raise Invalid(
+            f"{path} has no config.json, so it is no model",
+            "name a step-NNNNNN folder or a Hugging Face folder",
+        )
+    return path.resolve()
 
-    return modelling.find(store, text, which).path.resolve()
 
-
-def open_model(
-    word: str | Path,
-    *,
-    store: Store | None = None,
-    which: str = "best",
-    device: str = "cpu",
-    tokenizer: str | None = None,
-) -> Opened:
+def open_model(word: str | Path, *, device: str = "cpu", tokenizer: str | None = None) -> Opened:
     """The model, its configuration and the name of its tokenizer; `tokenizer` replaces the one that it names.
 
-    Raises NoSuchRun, DataError, and Invalid where torch is missing, the folder is no whole model, or the tokenizer has
+    Raises DataError, and Invalid where torch or the device is missing, the folder is no whole model, or the tokenizer has
     numbers that the model does not.
     """
-    from orchestrator.modelling import need_torch
-
-    need_torch()
-    path = locate(word, store=store, which=which)
-    from trainer import hf
-    from trainer.after.bases import refuse_variants
+    need_torch(device)
+    path = locate(word)
     from trainer.config import ConfigError
     from trainer.sample import load_model
 
     try:
-        if hf.is_hf(path):
-            refuse_variants(path)
         model, config = load_model(path, device)
     except ConfigError as error:
         raise Invalid(f"{path}: {error}", "fetch it again, or name another model") from error
@@ -200,13 +201,13 @@ def from_hub(name: str) -> Path:
 
 
 def prompt_tokens(opened: Opened, prompt: str) -> list[int]:
-    """A prompt's tokens. Raises Usage where it is empty or as long as the context."""
+    """A prompt's tokens. Raises Invalid where it is empty or longer than the context."""
     if not prompt:
-        raise Usage("the prompt is empty", "give at least one word for the model to go on from")
+        raise Invalid("the prompt is empty", "give at least one word for the model to go on from")
     tokens = fitting(opened.tokenizer, opened.config.model.vocab_size).encode(prompt)
     longest = opened.config.model.context_length
     if len(tokens) > longest:
-        raise Usage(
+        raise Invalid(
             f"the prompt has {len(tokens)} tokens, the model was trained on at most {longest}", "shorten it"
         )
     return tokens
@@ -214,7 +215,7 @@ def prompt_tokens(opened: Opened, prompt: str) -> list[int]:
 
 def stream(opened: Opened, prompt: str, how: Drawing, *, stop: Sequence[str] = ()) -> Iterator[str]:
     """What the model makes of a prompt, piece by piece; it ends at the tokenizer's separator, at one of the texts in `stop`,
-    or after `how.tokens`. Raises Usage."""
+    or after `how.tokens`. Raises Invalid."""
     from trainer.sample import generate
 
     tokenizer = fitting(opened.tokenizer, opened.config.model.vocab_size)

@@ -125,7 +125,7 @@ def _notes(table: Table) -> None:
     if totals.get("runs"):
         render.line()
         render.line(
-            f"{totals['runs']} runs: {dollars(totals['cost_usd'])}, of which training {dollars(totals['training_usd'])};"
+            f"{totals['runs']} {'run' if totals['runs'] == 1 else 'runs'}: {dollars(totals['cost_usd'])}, of which training {dollars(totals['training_usd'])};"
             f" {hours(totals['billed_hours'])} node-hours billed, {count(totals['tokens'])} tokens"
         )
     if table.front:
@@ -145,7 +145,7 @@ def _csv(table: Table) -> None:
 
 
 def _markdown(table: Table) -> None:
-    keys = [key for key in _keys(table, short=True) if table.columns or not _blank(table.rows, key)]
+    keys = [key for key in _keys(table, short=True) if table.columns or key == "run" or not _blank(table.rows, key)]
     lines = ["| " + " | ".join(keys) + " |", "|" + "|".join(" --- " for _ in keys) + "|"]
     for row in table.rows:
         values = [row.get(key) if key != "run" or row.get(key) else row.get("name") for key in keys]

@@ -39,11 +39,39 @@ def say_prepared(document: dict[str, Any]) -> None:
                 f" on, {count(document['validation_tokens'])} held out, in {len(document['shards'])} shards")  # fmt: skip
 
 
-def verify(folder: Path) -> dict[str, Any]:
+def push(folder: Path, to: str) -> dict[str, Any]:
+    """Upload what has changed."""
+    from orchestrator import data_push
+    from provisioning.objects import S3
+
+    with bar() as progress:
+        made = data_push.push(folder, to, S3(), progress)
+    return {
+        "to": made.to,
+        "uploaded": made.uploaded,
+        "unchanged": made.unchanged,
+        "bytes": made.bytes,
+        "globs": made.globs,
+    }
+
+
+def say_pushed(document: dict[str, Any]) -> None:
+    """What went, and what to write in a spec."""
+    render.line(f"{document['to']}: {len(document['uploaded'])} shards uploaded ({size(document['bytes'])}), "
+                f"{len(document['unchanged'])} unchanged; in a spec: {', '.join(document['globs'])}")  # fmt: skip
+
+
+def verify(folder: str) -> dict[str, Any]:
     """Read every byte."""
     with bar() as progress:
-        problems = data.verify(folder, progress)
-    return {"folder": str(folder), "ok": not problems, "problems": problems}
+        if folder.startswith("s3://"):
+            from orchestrator import data_push
+            from provisioning.objects import S3
+
+            problems = data_push.verify(folder, S3(), progress)
+        else:
+            problems = data.verify(Path(folder), progress)
+    return {"folder": folder, "ok": not problems, "problems": problems}
 
 
 def say_verified(document: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from orchestrator import collect, environment, prepare, transfer
+from orchestrator import collect, environment, prepare, pushed, transfer
 from orchestrator.clock import Clock
 from orchestrator.connection import Address, NodeUnreachable, RemoteError
 from orchestrator.effects import SiteView
@@ -55,12 +55,14 @@ class NodeSite:
         self._journal = Journal(self.directory / "metrics.raw.jsonl", self.directory / "metrics.jsonl")
         self._progress_at = 0.0
         self._puller = collect.Puller(self.directory, clock, wake)
+        self._renewer = pushed.Renewer(plan.objects, clock)
 
     # ------------------------------------------------------------ Site
 
     def observe(self, run: RunRecord) -> SiteView:
         """Keep a watch on each node of the open attempt; report what is new."""
         self._attend(run)
+        self._renewer.renew(run, self._first(run))
         changes = list(self._difference(run))
         with self._lock:
             changes += self._news
@@ -95,15 +97,16 @@ class NodeSite:
         )
         cpus = [int(node.facts.get("cpus") or 1) for node in run.attempt_nodes()]
         addresses = [node.private_ip or node.ip or "" for node in run.attempt_nodes()]
+        spot = any(node.offer.options.get("market") == "spot" for node in run.attempt_nodes())
 
         def work() -> None:
             for rank, watch in enumerate(watches):
-                lane = attempt.lanes[f"{attempt.keys[rank]}/environment"]
+                found = {**attempt.lanes[f"{attempt.keys[rank]}/environment"].detail, "spot": spot}
                 prepare.start(
                     watch.remote,
                     run,
                     self._plan.secrets,
-                    prepare.Start(token, deadline, rank, addresses, lane.detail, cpus[rank]),
+                    prepare.Start(token, deadline, rank, addresses, found, cpus[rank]),
                 )
                 watch.asked()
 
@@ -143,6 +146,8 @@ class NodeSite:
             self._puller.fetch(
                 watch.remote, watch.directory, [run.checkpoints[step] for step in steps], weights_only
             )
+            if self._plan.objects is not None:
+                pushed.settle(watch.remote, run, self._clock)
 
         self._start_job("collect", work)
 

@@ -64,12 +64,10 @@ class S3:
         token: dict[str, str] = {}
         while True:
             page = self._call("list_objects_v2", bucket, Prefix=start, **token)
-            for item in page.get("Contents") or ():
-                found.append(
-                    ObjectInfo(
-                        f"s3://{bucket}/{item['Key']}", int(item["Size"]), str(item["ETag"]).strip('"')
-                    )
-                )
+            found += [
+                ObjectInfo(f"s3://{bucket}/{item['Key']}", int(item["Size"]), str(item["ETag"]).strip('"'))
+                for item in page.get("Contents") or ()
+            ]
             if not page.get("IsTruncated"):
                 return found
             token = {"ContinuationToken": page["NextContinuationToken"]}
@@ -149,7 +147,7 @@ class S3:
         if not begun:
             return str(self._call("create_multipart_upload", bucket, Key=name)["UploadId"]), {}
         upload = max(begun, key=lambda item: item["Initiated"])["UploadId"]
-        return upload, {number: etag for number, etag in self._parts(bucket, name, upload)}
+        return upload, dict(self._parts(bucket, name, upload))
 
     def _parts(self, bucket: str, name: str, upload: str) -> Iterator[tuple[int, str]]:
         marker = 0
@@ -245,6 +243,21 @@ class S3:
         except (BotoCoreError, HTTPClientError) as error:
             raise without_answer(error, operation, effect=False) from None
         return answer
+
+
+def etag_of(path: Path, part_bytes: int = SMALL_BYTES) -> str:
+    """The ETag that `S3.put` of a file leads to: its MD5, or that of its parts' MD5s and their number (unless the bucket encrypts
+    with KMS; then it is never equal)."""
+    size = path.stat().st_size
+    if size <= part_bytes:
+        return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+    part_bytes = max(part_bytes, -(-size // MOST_PARTS))
+    whole, count = hashlib.md5(usedforsecurity=False), 0
+    with path.open("rb") as file:
+        while data := file.read(part_bytes):
+            whole.update(hashlib.md5(data, usedforsecurity=False).digest())
+            count += 1
+    return f"{whole.hexdigest()}-{count}"
 
 
 def _slice(file: BinaryIO, at: int, count: int) -> bytes:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -92,6 +92,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], TrainerConfig]:
     """Named weights and configuration of a Hugging Face GPT-2 or Llama folder. Raises ConfigError."""
     raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
     kind = raw["model_type"]
+    refuse_variants(path, raw)
     try:
         if kind == "gpt2":
             model = _from_gpt2_config(raw)
@@ -103,8 +104,24 @@ def load(path: Path) -> tuple[dict[str, Tensor], TrainerConfig]:
             raise ConfigError(str(path), f"holds a {kind} model; gpt2 and llama can be read")
     except KeyError as error:
         raise ConfigError(str(path), f"lacks {error}") from error
+    except SafetensorError as error:
+        raise ConfigError(str(path), f"holds weights that cannot be read: {error}") from error
     train = TrainConfig(global_batch_size=1, steps=1, device="cpu", precision="fp32")
     return weights, TrainerConfig(DataConfig(train=["-"]), model, train)
+
+
+def refuse_variants(path: Path, raw: Mapping[str, Any]) -> None:
+    """Raises ConfigError where a configuration computes attention in another way than GPT-2: its weights would load, and
+    mean something else."""
+    for key, plain in (
+        ("scale_attn_weights", True),
+        ("scale_attn_by_inverse_layer_idx", False),
+        ("add_cross_attention", False),
+    ):
+        if raw.get(key, plain) != plain:
+            raise ConfigError(
+                str(path), f"{key} is {raw[key]}; only models with {plain} compute what GPT-2 does"
+            )
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from trainer import checkpoint, hf, manifest
@@ -22,7 +23,7 @@ def load_model(checkpoint_dir: Path, device: str | torch.device = "cpu") -> tupl
     path = Path(checkpoint_dir).resolve()
     try:
         weights, config = hf.load(path) if hf.is_hf(path) else _ours(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ConfigError(str(checkpoint_dir), f"cannot be read: {error}") from error
     with torch.device("meta"):
         model = GPT(config.model)

@@ -19,6 +19,7 @@ def register(app: typer.Typer) -> None:
     )
     group.command("prepare", epilog=examples("llmctl data prepare books/*.txt --to ./shards"))(prepare)
     group.command("verify", epilog=examples("llmctl data verify ./shards"))(verify)
+    group.command("push", epilog=examples("llmctl data push ./shards --to s3://bucket/fineweb"))(push)
     group.command("list", epilog=examples("llmctl data list ./shards"))(listing)
     app.add_typer(group, name="data", rich_help_panel="Models")
 
@@ -54,13 +55,35 @@ def prepare(
     answer(document, as_json=machine(as_json, output), human=lambda: shelves.say_prepared(document))
 
 
-def verify(folder: Folder, *, as_json: Json = False, output: Output = Form.TEXT) -> int:
+def verify(
+    folder: Annotated[
+        str,
+        typer.Argument(metavar="DIR", help="A folder of shards, or s3://BUCKET/FOLDER.", show_default=False),
+    ],
+    *,
+    as_json: Json = False,
+    output: Output = Form.TEXT,
+) -> int:
     """Read every shard of a folder and compare it with its manifest. Exit code 7 where one is not whole."""
     from orchestrator import shelves
 
     document = shelves.verify(folder)
     answer(document, as_json=machine(as_json, output), human=lambda: shelves.say_verified(document))
     return 0 if document["ok"] else 7
+
+
+def push(
+    folder: Folder,
+    *,
+    to: Annotated[str, typer.Option("--to", metavar="S3", help="s3://BUCKET/FOLDER.")],
+    as_json: Json = False,
+    output: Output = Form.TEXT,
+) -> None:
+    """Upload a folder of shards to S3, only what has changed. A push that broke goes on where it was."""
+    from orchestrator import shelves
+
+    document = shelves.push(folder, to)
+    answer(document, as_json=machine(as_json, output), human=lambda: shelves.say_pushed(document))
 
 
 def listing(folder: Folder, *, as_json: Json = False, output: Output = Form.TEXT) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from orchestrator.exits import USAGE, exit_code_of
 from provisioning import keys, local_node
 from runs.facts import ENDED
 from runs.record import RunRecord
@@ -143,8 +144,10 @@ class Case:
     def carry_on(self) -> int:
         """What a user does after any accident; the exit code. A run that is over already tells what it came to."""
         if self.record().outcome in (None, "failed", "stopped", "lost"):
-            return self.cli.run("resume", self.run, code=None, timeout=PATIENCE).returncode
-        return 0
+            code = self.cli.run("resume", self.run, code=None, timeout=PATIENCE).returncode
+            if code != USAGE:  # it has succeeded meanwhile: there is nothing to carry on
+                return code
+        return exit_code_of(self.record())
 
     def followed(self) -> int:
         """The exit code of that `launch`, once it has ended."""
@@ -193,6 +196,11 @@ class Case:
         while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
             time.sleep(0.01)
         self.injected += 1
+
+    def follower(self) -> int:
+        """The pid of the `launch` that follows."""
+        assert self._following is not None
+        return self._following.pid
 
     def kill_follower(self) -> None:
         """kill -9 of the `launch` that follows."""
@@ -252,6 +260,16 @@ class Case:
         assert pids, "there is nothing to strike"
         for pid in pids:
             os.kill(pid, number)
+        self.injected += 1
+
+    def strike_link(self, node: str) -> None:
+        """A reset of all connections to a node."""
+        self.links.of(node).cut()
+        self.injected += 1
+
+    def refuse(self, match: str, times: int) -> None:
+        """So many requests are answered with a 503 that is not JSON."""
+        self.cloud.fault(match, "refuse", times=times, status=503, code=None)
         self.injected += 1
 
     def end_server(self, node: str, *, everything: bool = False) -> None:

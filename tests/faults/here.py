@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
@@ -11,6 +12,7 @@ from typing import Any
 
 import psutil
 
+from tests.cli import Cli
 from tests.faults.harness import PATIENCE, Case
 from tests.faults.kind import LAUNCH, LONG, TERMINATE, End, kind
 
@@ -135,6 +137,37 @@ def full_disk_here(case: Case) -> End:
     if process.is_running():
         process.rlimit(psutil.RLIMIT_FSIZE, (most, most))
     return End(case.carry_on())
+
+
+@kind("this machine sleeps for up to 45 s: driver, follower and SSH all stand still")
+def asleep(case: Case) -> End:
+    case.launch_and_follow()
+    case.at_step()
+    link, sleeping = case.link(), [case.driver(), case.follower()]
+    for pid in sleeping:
+        os.kill(pid, signal.SIGSTOP)
+    link.stall()
+    case.injected += 1
+    case.later(45)
+    link.flow()
+    for pid in sleeping:
+        os.kill(pid, signal.SIGCONT)
+    return End(case.followed())
+
+
+@kind("another user of the account looks, and reaps all that is theirs")
+def other_user(case: Case) -> End:
+    case.launch()
+    case.at_step()
+    other = Cli(case.root / "other", {**case.cli.env, "LLMCTL_HOME": str(case.root / "other")})
+    case.injected += 1
+    commands = [
+        other.start(*words)
+        for words in (["offers", "--json"], ["reap", "--yes", "--json"], ["status", "--refresh", "--json"])
+    ]
+    told = [process.communicate(timeout=PATIENCE)[0] for process in commands]
+    spared = json.loads(told[1])["terminated"] == []
+    return End(case.carry_on() if spared else 1)
 
 
 # ---------------------------------------------------------------- the link

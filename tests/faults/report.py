@@ -31,7 +31,7 @@ files, and the same run undisturbed.
 """
 
 
-def report(outcomes: Sequence[Outcome], seconds: float, simulated: str) -> str:
+def report(outcomes: Sequence[Outcome], simulated: str) -> str:
     """The page."""
     from tests.faults.harness import STEPS
 
@@ -47,7 +47,7 @@ def report(outcomes: Sequence[Outcome], seconds: float, simulated: str) -> str:
         lines.append(f"| {kind.words} | {sum(outcome.injected for outcome in mine)} | {counts} |")
     total = " | ".join(f"**{_cases(outcomes, name)}**" for name in names)
     lines.append(f"| **all** | **{sum(outcome.injected for outcome in outcomes)}** | {total} |")
-    lines += ["", *_facts(outcomes, seconds), "", "## The simulation", "", simulated, "", *_wrong(outcomes)]
+    lines += ["", *_facts(outcomes), "", "## The simulation", "", simulated, "", *_wrong(outcomes)]
     lines += ["## Not injected here", "", *(f"- {what}: {why}." for what, why in SKIPPED.items()), ""]
     return "\n".join(lines)
 
@@ -56,13 +56,14 @@ def _cases(outcomes: Sequence[Outcome], column: str) -> int:
     return sum(len(outcome.found.get(column, [])) for outcome in outcomes)
 
 
-def _facts(outcomes: Sequence[Outcome], seconds: float) -> list[str]:
+def _facts(outcomes: Sequence[Outcome]) -> list[str]:
     seeds = sorted({outcome.seed for outcome in outcomes})
     checked = sum(outcome.announced for outcome in outcomes)
     text = (
         f"{len(outcomes)} cases of {len({outcome.kind for outcome in outcomes})} kinds from the seeds {', '.join(map(str, seeds))}; "
         f"{checked} launches and terminations, each found announced in the copied database. "
-        f"{datetime.now(UTC):%Y-%m-%d}, {platform.system()} {platform.machine()}, Python {platform.python_version()}, {seconds / 60:.0f} minutes."
+        f"{datetime.now(UTC):%Y-%m-%d}, {platform.system()} {platform.machine()}, Python {platform.python_version()}, "
+        f"{sum(outcome.seconds for outcome in outcomes) / 60:.0f} minutes of cases."
     )
     return [
         text,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import signal
+from collections.abc import Callable
 
 from tests.faults.harness import EVERY, SLOW, STEPS, Case
 from tests.faults.kind import LAUNCH, LONG, TERMINATE, End, kind
@@ -54,6 +55,7 @@ _job = Job.__init__
 def _impatient(self: Job, *words: object, **names: object) -> None:
     _job(self, *words, **names)
     object.__setattr__(self, "stall_floor_seconds", 4.0)
+    object.__setattr__(self, "first_step_seconds", 60.0)
 
 
 Job.__init__ = _impatient
@@ -205,6 +207,27 @@ def instance_vanishes(case: Case) -> End:
 def api_storm(case: Case) -> End:
     case.launch()
     case.later(LONG)
-    case.cloud.fault("/api/v1/", "refuse", times=case.random.randint(3, 8), status=503, code=None)
-    case.injected += 1
+    case.refuse("/api/v1/", case.random.randint(3, 8))
     return End(case.carry_on())
+
+
+# ---------------------------------------------------------------- several
+
+
+@kind("three of these in one run, which a follower revives", times=3)
+def several(case: Case) -> End:
+    case.launch_and_follow()
+    hurts: dict[str, Callable[[str], None]] = {
+        "driver": lambda _: case.kill_driver(),
+        "rank": lambda node: case.strike([case.random.choice(case.ranks(node))]),
+        "torchrun": lambda node: case.strike([case.torchrun(node)]),
+        "supervisor": lambda node: case.strike([case.file(node, "supervisor.json")["pid"]]),
+        "link": case.strike_link,
+        "provider": lambda _: case.refuse("/api/v1/", 5),
+    }
+    for name in case.random.sample(sorted(hurts), 3):
+        node = case.at_step(most=EVERY)
+        case.until(lambda node=node: len(case.ranks(node)) == 2 and case.status().get("state") == "training")
+        hurts[name](node)
+        case.later(2)
+    return End(case.followed())

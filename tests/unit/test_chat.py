@@ -13,7 +13,7 @@ import torch
 
 from orchestrator import chat, judge
 from orchestrator.chat import Turn, respond, template_of
-from orchestrator.errors import Usage
+from orchestrator.errors import Invalid, Usage
 from orchestrator.models import Drawing, Opened, open_model
 from tests.unit.test_models import MODEL, one_thread, write  # noqa: F401
 from trainer.config import Tuned
@@ -92,7 +92,7 @@ def test_a_model_without_a_format_asks_for_one(tmp_path: Path) -> None:
     with pytest.raises(Usage, match="there is no chat template 'vicuna'"):
         template_of(opened, "vicuna")
     for empty in ([], [Turn("  ")]):
-        with pytest.raises(Usage, match="the instruction is empty"):
+        with pytest.raises(Invalid, match="the instruction is empty"):
             list(respond(opened, empty, Drawing(), name="alpaca"))
 
 

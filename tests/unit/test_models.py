@@ -12,7 +12,7 @@ import torch
 
 from orchestrator import models
 from orchestrator.dataerrors import DataError, Offline
-from orchestrator.errors import Invalid, Usage
+from orchestrator.errors import Invalid
 from orchestrator.models import Drawing, Opened, complete, locate, open_model, pieces, until
 from trainer import checkpoint, tokenize
 from trainer.checkpoint import Snapshot
@@ -188,9 +188,9 @@ def test_text_is_drawn_as_the_seed_says_and_bad_prompts_are_refused(ours: Path) 
     opened = open_model(ours)
     drawn = [complete(opened, "def ", Drawing(seed=seed, tokens=20, top_k=100)) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
-    with pytest.raises(Usage, match="the prompt is empty"):
+    with pytest.raises(Invalid, match="the prompt is empty"):
         complete(opened, "", Drawing())
-    with pytest.raises(Usage, match="the prompt has 33 tokens, the model was trained on at most 32"):
+    with pytest.raises(Invalid, match="the prompt has 33 tokens, the model was trained on at most 32"):
         complete(opened, "x" * 33, Drawing())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,26 +38,10 @@ def load(name: str | Path) -> Base:
         )
     try:
         if hf.is_hf(path):
-            refuse_variants(path)
             return Base(path, *hf.load(path))
         return _ours(path)
     except (OSError, SafetensorError) as error:
         raise ConfigError("base", f"{path} cannot be read: {error}; fetch it again") from error
-
-
-def refuse_variants(path: Path) -> None:
-    """Raises ConfigError where a Hugging Face folder's attention is computed in another way than GPT-2's: its weights would
-    load, and mean something else."""
-    raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    for key, plain in (
-        ("scale_attn_weights", True),
-        ("scale_attn_by_inverse_layer_idx", False),
-        ("add_cross_attention", False),
-    ):
-        if raw.get(key, plain) != plain:
-            raise ConfigError(
-                str(path), f"{key} is {raw[key]}; only models with {plain} compute what GPT-2 does"
-            )
 
 
 def _ours(path: Path) -> Base:
