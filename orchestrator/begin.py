@@ -109,6 +109,7 @@ def state_of(store: Store, run: str) -> str:
 def resolve(home: Path, plan: Plan) -> DataPlan:
     """The files that the run reads; built-in and text sources are tokenised now. Raises DataError."""
     from orchestrator import sources
+    from orchestrator.buckets import objects_for
 
     with bar() as progress:
         config = plan.spec.trainer_config()

@@ -200,25 +200,29 @@ def _number(value: Any, form: str) -> str | None:
     return form.format(value) if isinstance(value, (int, float)) else None
 
 
+def may_push(repo: str, *, token: bool = True) -> None:
+    """Raise Invalid where an upload could not even be tried: the name is none, or (with `token`) there is no token."""
+    if repo.count("/") != 1 or not all(repo.split("/")):
+        raise Invalid(f"{repo!r} is no repository", "write it as owner/name")
+    try:
+        from huggingface_hub import get_token
+    except ImportError as error:
+        raise Invalid(
+            "pushing needs huggingface_hub", "pip install 'llmctl[data]'", code="no-extra"
+        ) from error
+    if token and get_token() is None:
+        raise Invalid("there is no token for the Hugging Face Hub", "set HF_TOKEN to one that may write")
+
+
 def push(folder: Path, repo: str, *, private: bool = True, api: HubApi | None = None) -> str:
     """Upload an exported folder to a model repository on the Hub, made private unless told otherwise; its address.
 
     Raises Invalid where there is no token, the name is none, or the Hub refuses.
     """
-    if repo.count("/") != 1 or not all(repo.split("/")):
-        raise Invalid(f"{repo!r} is no repository", "write it as owner/name")
-    try:
-        from huggingface_hub import HfApi, get_token
-        from huggingface_hub.errors import HfHubHTTPError
-    except ImportError as error:
-        raise Invalid(
-            "pushing needs huggingface_hub", "pip install 'llmctl[data]'", code="no-extra"
-        ) from error
-    if api is None and get_token() is None:
-        raise Invalid(
-            "there is no token for the Hugging Face Hub",
-            "set HF_TOKEN to one that may write; the folder is kept",
-        )
+    may_push(repo, token=api is None)
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
     client: HubApi = api or HfApi()
     try:
         client.create_repo(repo, private=private, exist_ok=True)

@@ -1,203 +1,136 @@
-"""`sample` and `evaluate`: a checkpoint on this side, loaded with torch where torch is installed."""
+"""Which model a word on the command line means, and `export`."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from orchestrator import render
-from orchestrator.errors import Invalid, Unverified, Usage
-from orchestrator.figures import number
+from orchestrator import models
+from orchestrator.errors import Invalid, NoSuchRun, Usage
+from orchestrator.models import Opened
 from runs.store import Store
-
-if TYPE_CHECKING:
-    from orchestrator.sources import Shard
-    from trainer.config import TestSet
-
-
-@dataclass(frozen=True)
-class How:
-    """How text is drawn."""
-
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    seed: int
-    tokens: int
-    device: str
 
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint on this side."""
+    """A model on this side: a run's checkpoint, or a folder."""
 
     path: Path
-    run: str | None
-    step: int | None
-    tokenizer: str
+    word: str
+    run: str | None = None
+    step: int | None = None
+    tokenizer: str | None = None
+    """As the run's spec has it; None: the folder tells."""
     prompts: tuple[str, ...] = ()
     test_sets: tuple[Any, ...] = ()
 
     @property
+    def name(self) -> str:
+        """The run, or the word that found it."""
+        return self.run or self.word
+
+    @property
     def label(self) -> str:
         """How it is called in what is printed."""
-        return f"{self.run} at step {self.step}" if self.run else str(self.path)
+        return f"{self.name} at step {self.step}" if self.step is not None else self.name
 
 
-def need_torch() -> None:
-    """Raise Invalid, naming the extra, where torch is not installed."""
-    from importlib.util import find_spec
+def find(store: Store, word: str, which: str = "best") -> Found:
+    """The model that a run, a folder or `hf://owner/name` means; a run's checkpoint is fetched if it is not here.
 
-    missing = [name for name in ("torch", "numpy", "safetensors") if find_spec(name) is None]
-    if missing:
-        raise Invalid(
-            f"this needs {', '.join(missing)} on this machine",
-            "pip install 'llmctl[trainer]'",
-            code="no-extra",
-        )
+    Raises NoSuchRun, NothingToFetch, Invalid, DataError.
+    """
+    from trainer import manifest
 
-
-def find(store: Store, word: str, which: str) -> Found:
-    """The checkpoint that a run or a path means. Raises NoSuchRun, NothingToFetch, Invalid."""
     path = Path(word).expanduser()
-    if path.is_dir() and (path / "config.json").exists():
-        return _of_path(path)
-    if "/" in word or path.exists():
-        raise Invalid(
-            f"{word} is no folder of a checkpoint: it has no config.json",
-            "name a run, or a step-NNNNNN folder",
-        )
+    if word.startswith("hf://") or "/" in word or (path / "config.json").exists():
+        place = models.locate(word)
+        return Found(place, word, step=manifest.step_of(place.name))
     from orchestrator import fetch
     from orchestrator.show import find_record
 
-    record = find_record(store, word)
+    try:
+        record = find_record(store, word)
+    except NoSuchRun as error:
+        if path.exists():
+            raise Invalid(
+                f"{word} is neither a run nor the folder of a model: it has no config.json",
+                "name a run, a step-NNNNNN folder, a Hugging Face folder, or hf://owner/name",
+            ) from error
+        raise
     if which == "all":
         raise Usage("one model is needed, not all", "--which best, latest or a step")
-    chosen = fetch.choose(record, which)
-    whole = fetch.fetch(store, record, chosen, weights_only=True)[0]
+    whole = fetch.fetch(store, record, fetch.choose(record, which), weights_only=True)[0]
     evaluate = record.spec["evaluate"]
-    return Found(whole.path, record.run, whole.step, record.spec["data"]["tokenizer"], tuple(evaluate["prompts"]),
+    return Found(whole.path, word, record.run, whole.step, record.spec["data"]["tokenizer"], tuple(evaluate["prompts"]),
                  tuple(evaluate["test_sets"]))  # fmt: skip
 
 
-def _of_path(path: Path) -> Found:
-    from trainer import manifest
+def find_all(store: Store, words: Sequence[str], which: str = "best") -> list[Found]:
+    """Several models. Raises Usage where two words mean the same, and as `find`."""
+    found = [find(store, word, which) for word in words]
+    for index, item in enumerate(found):
+        if any(other.path == item.path for other in found[:index]):
+            raise Usage(f"{item.word} is named twice: {item.label}", "name each model once")
+    return found
 
-    try:
-        raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        tokenizer = str(raw["data"]["tokenizer"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+
+def opened(found: Found, device: str = "cpu", tokenizer: str | None = None) -> Opened:
+    """The model, ready. Raises Invalid as models.open_model, and for a classifier, which says nothing."""
+    made = models.open_model(found.path, device=device, tokenizer=tokenizer or found.tokenizer)
+    if made.config.tuned is not None and made.config.tuned.kind == "classification":
         raise Invalid(
-            f"{path / 'config.json'} cannot be read: {error}", "name the folder of a checkpoint"
-        ) from error
-    return Found(path, None, manifest.step_of(path.resolve().name), tokenizer)
-
-
-def sample(found: Found, prompt: str | None, how: How) -> dict[str, Any]:
-    """A prompt and what the model makes of it. Raises Usage without a prompt."""
-    need_torch()
-    from orchestrator import sources
-    from trainer.sample import generate, load_model
-
-    chosen = prompt if prompt is not None else next(iter(found.prompts), None)
-    if not chosen:
-        raise Usage("there is no prompt", f"llmctl sample {found.run or found.path} 'Every effort moves you'")
-    model, _ = load_model(found.path, how.device)
-    ids = sources.encode_prompts(found.tokenizer, [chosen])[0]
-    try:
-        drawn = list(generate(model, ids, max_tokens=how.tokens, temperature=how.temperature, top_k=how.top_k,
-                              top_p=how.top_p, seed=how.seed))  # fmt: skip
-    except ValueError as error:
-        raise Usage(
-            f"the prompt does not suit the model: {error}", f"its tokenizer is {found.tokenizer!r}"
-        ) from error
-    text = sources.decode(found.tokenizer, drawn)
-    return {"run": found.run, "path": str(found.path), "step": found.step, "prompt": chosen, "text": text,
-            "tokens": len(drawn), "seed": how.seed, "temperature": how.temperature}  # fmt: skip
-
-
-def say_samples(samples: Sequence[dict[str, Any]]) -> None:
-    """The texts; with their models' names where there are several."""
-    for item in samples:
-        if len(samples) > 1:
-            render.heading(f"{item['run'] or item['path']} (step {item['step']})")
-        render.line(item["prompt"] + item["text"])
-
-
-def test_sets(
-    found: Found, *, data: Sequence[str], name: str | None, offset: int, tokens: int
-) -> list[TestSet | str]:
-    """What is to be measured: given shards, a built-in set, or those of the run's spec. Raises Usage."""
-    from trainer.config import TestSet, from_dict
-
-    if data:
-        shards = [item if ":" in item else str(Path(item).expanduser().absolute()) for item in data]
-        return [TestSet("shards", shards, offset, tokens)]
-    if name is not None:
-        return [name]
-    if not found.test_sets:
-        raise Usage(f"{found.label} names no test set", "give --test-set NAME or --data SHARD")
-    return [
-        item if isinstance(item, str) else from_dict(TestSet, dict(item), "test_sets.")
-        for item in found.test_sets
-    ]
-
-
-def evaluate(home: Path, found: Found, sets: Sequence[TestSet | str], *, device: str) -> list[dict[str, Any]]:
-    """The loss on each set, in nats per token. Raises DataError, ConfigError."""
-    need_torch()
-    from orchestrator import sources
-    from trainer.checkpoint import load_config
-    from trainer.config import DataConfig
-    from trainer.evaluate import evaluate_checkpoint
-
-    model = load_config(found.path.resolve()).model
-    plan = sources.resolve(
-        DataConfig([], tokenizer=found.tokenizer), cache=home / "cache", needed_tokens=0, context_length=model.context_length,
-        vocab_size=model.vocab_size, test_sets=list(sets),
-    )  # fmt: skip
-    results = []
-    for item in plan.test_sets:
-        paths = [_here(home, shard) for shard in item.shards]
-        asked = item.test_set
-        loss = evaluate_checkpoint(found.path, paths, offset=asked.offset, tokens=asked.tokens, device=device)
-        bits = loss.loss * loss.tokens / math.log(2) / asked.bytes if asked.bytes else None
-        results.append(
-            {"test_set": asked.name, "loss": loss.loss, "tokens": loss.tokens, "bits_per_byte": bits}
+            f"{found.label} is a classifier, no language model", "name the model that it was made from"
         )
-    return results
+    return made
 
 
-def _here(home: Path, shard: Shard) -> Path:
-    """A shard as a file on this machine: where it lies, or fetched into the cache."""
-    if shard.path is not None:
-        return shard.path
-    from orchestrator import sources
-    from trainer import pull
-
-    path = home / "cache" / "shards" / shard.node_name
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        wish = path.with_suffix(".pull.json")
-        wish.write_text(json.dumps({"files": [sources.pull_item(shard, str(path))]}), encoding="utf-8")
-        said: list[str] = []
-        items, told = pull.read_manifest(wish), lambda **words: said.append(str(words.get("error", "")))
-        failed = pull.Pull(items, pull.WORKERS, pull.CHUNK_BYTES, 30, told).run()
-        wish.unlink()
-        if failed:
-            raise Unverified(
-                f"{shard.source} could not be fetched: {'; '.join(filter(None, said))}", "try again"
-            )
-    return path
+# ---------------------------------------------------------------- export
 
 
-def say_losses(results: Sequence[dict[str, Any]]) -> None:
-    """One line a test set."""
-    for item in results:
-        render.line(
-            f"{item['test_set']}: {number(item['loss'])} nats per token over {item['tokens']:,} tokens"
-        )
+def export(
+    store: Store,
+    found: Found,
+    to: Path,
+    *,
+    push: str | None = None,
+    public: bool = False,
+    licence: str | None = None,
+    tokenizer: str | None = None,
+) -> dict[str, Any]:
+    """Write a Hugging Face folder, and upload it where `push` names a repository. Raises Invalid; what was written stays
+    where only the upload failed."""
+    from orchestrator import export as engine
+
+    models.need_torch()
+    from trainer import hf
+
+    if hf.is_hf(found.path):
+        raise Invalid(f"{found.label} is in that form already", f"it is at {found.path}")
+    if push is not None:
+        engine.may_push(push)
+    facts = {**_facts(store, found), "licence": licence}
+    folder = engine.export(found.path, to.expanduser(), facts=facts, tokenizer=tokenizer or found.tokenizer)
+    url = engine.push(folder, push, private=not public) if push is not None else None
+    return {"run": found.run, "step": found.step, "path": str(folder.resolve()), "format": "hf",
+            "bytes": sum(file.stat().st_size for file in folder.iterdir()), "url": url}  # fmt: skip
+
+
+def _facts(store: Store, found: Found) -> dict[str, Any]:
+    """What the model card says of a run and its checkpoint."""
+    record = store.record(found.run) if found.run is not None else None
+    summary = store.summary(found.run) if found.run is not None else None
+    if record is None or summary is None or found.step is None:
+        return {"step": found.step}
+    from runs.compare import entry
+
+    row = entry(summary).row
+    known = record.checkpoints.get(found.step)
+    return {
+        "run": found.run, "step": found.step, "cost_usd": row["cost_usd"], "billed_hours": row["billed_hours"],
+        "instance_type": row["instance_type"], "train_loss": row["train_loss"],
+        "validation_loss": known.validation_loss if known is not None else None,
+        "evaluations": [item for item in record.evaluations if item.get("loss") is not None and item["step"] == found.step],
+    }  # fmt: skip

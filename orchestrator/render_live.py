@@ -116,6 +116,10 @@ def status_line(row: dict[str, Any], heartbeat: dict[str, Any] | None) -> str:
     return " | ".join(sane(str(part)).replace("\n", " ") for part in parts)
 
 
+_HOW = {"rsync": " by rsync", "pieces": " over SSH", "rsync+pieces": " by rsync and over SSH"}
+"""What carried the bytes: large files go in pieces over several SSH channels, and all do where rsync is missing."""
+
+
 def describe(body: dict[str, Any]) -> str:
     """An event as a sentence."""
     kind = body["kind"]
@@ -126,8 +130,11 @@ def describe(body: dict[str, Any]) -> str:
             f"attempt {body['attempt']}: {offer['instance_type']} in {offer['region']} at {dollars(rate)}/h"
         )
     if kind == "LaneDone":
+        if body["lane"] == "ready":
+            return f"ready to train after {duration(body['seconds'])}"
         sent = f", {count(body['sent_bytes'])}B sent" if body.get("sent_bytes") else ""
-        return f"{body['lane']} ready after {duration(body['seconds'])}{sent}"
+        how = _HOW.get((body.get("detail") or {}).get("method") or "", "") if sent else ""
+        return f"{body['lane']} ready after {duration(body['seconds'])}{sent}{how}"
     if kind == "CheckpointVerified":
         return f"checkpoint of step {body['step']} is here and verified: {body['path']}"
     if kind == "RunEnded":

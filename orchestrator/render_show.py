@@ -11,6 +11,7 @@ from orchestrator import render
 from orchestrator.figures import NONE, count, dollars, duration, number, percent, size
 from orchestrator.render import Column
 from orchestrator.render_live import describe
+from orchestrator.render_models import hellaswag
 from runs import charges
 from runs.rows import MICRO
 
@@ -223,6 +224,16 @@ def _evaluations(run: RunRecord) -> None:
         result = {key: value for key, value in item.items() if key not in {"name", "step"}}
         if result.get("loss") is not None:
             render.line(f"test loss on {item['name']}: {number(result['loss'])} at step {item['step']}")
+        elif result.get("kind") == "hellaswag":
+            render.line(f"{item['name']}: {hellaswag(item)}, at step {item['step']}")
+        elif result.get("kind") == "judge":
+            beside = (
+                ", ".join(model for model in item["judged_with"] if model != item["model"]) or "nothing else"
+            )
+            render.line(
+                f"{item['name']}: {number(item['score'], 1)} ({number(item['low'], 1)} to {number(item['high'], 1)}),"
+                f" judged beside {beside}, at step {item['step']}"
+            )
         elif result.get("text") is not None or result.get("samples") is not None:
             render.line(f"sample: {result.get('text') or result.get('samples')}")
 

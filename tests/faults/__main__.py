@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.faults.audit import COLUMNS, Reference, audit, reference, store_is_whole
@@ -38,15 +39,14 @@ def undisturbed(cache: Path) -> Reference:
         return known
 
 
-class stage:  # noqa: N801  used as a word of the language
-    """A short temporary folder, since sockets and names live in it."""
-
-    def __enter__(self) -> Path:
-        self.path = Path(tempfile.mkdtemp(prefix="llmctl-fault-"))
-        return self.path
-
-    def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+@contextmanager
+def stage() -> Iterator[Path]:
+    """A folder with a short name, since sockets live in it; gone afterwards."""
+    path = Path(tempfile.mkdtemp(prefix="llmctl-fault-"))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def attempt(kind: Kind, seed: int, cache: Path, known: Reference | None) -> Outcome:

@@ -183,6 +183,14 @@ class Case:
         """A seeded pause."""
         time.sleep(self.random.uniform(0, most))
 
+    def taken_over(self, epoch: int) -> bool:
+        """Whether a driver of a later epoch has the run."""
+        return self.record().epoch > epoch
+
+    def trains(self, node: str) -> bool:
+        """Whether both ranks are at work on a node."""
+        return len(self.ranks(node)) == 2 and self.file(node, "status.json").get("state") == "training"
+
     # ------------------------------------------------------------ hands
 
     def driver(self) -> int:

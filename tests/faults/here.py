@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import psutil
@@ -40,7 +41,7 @@ def driver_killed(case: Case) -> End:
         epoch = case.record().epoch
         case.kill_driver()
         following = case.cli.start("resume", case.run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        case.until(lambda epoch=epoch: case.record().epoch > epoch)
+        case.until(partial(case.taken_over, epoch))
         following.kill()
         following.wait()
     return End(case.carry_on())
@@ -191,8 +192,7 @@ def link_reset(case: Case) -> End:
     case.launch()
     link = case.link()
     for _ in range(3):
-        carried = link.bytes + case.random.randint(1 << 16, 1 << 20)
-        case.until(lambda carried=carried: link.bytes >= carried or case.record().outcome)
+        case.until(partial(link.carried, link.bytes + case.random.randint(1 << 16, 1 << 20)))
         link.cut()
         case.injected += 1
     return End(case.carry_on())

@@ -14,8 +14,8 @@ _HEAD = """# What llmctl survives
 
 Written by `make faults`. Each case is a tiny run ({steps} steps, two processes of torchrun on the CPU) through the real CLI: a
 Lambda-shaped server of its own, nodes that are real SSH machines, one kind of fault at a seeded moment, then `llmctl resume`
-(or the command that was running). One case after its end is compared with three things: the server's own ledger, the node's own
-files, and the same run undisturbed.
+(or whatever command was running). What a case ends with is compared with the server's own ledger, with the files on the node, and
+with the same run undisturbed.
 
 - *instances leaked*: the server bills on, or a process of driver, node or trainer outlives the case;
 - *launches doubled*: two instances of one name, or one that no intent names;

@@ -216,6 +216,10 @@ class Proxy(Wire):
     def target(self, port: int) -> None:
         self._target = port
 
+    def carried(self, count: int) -> bool:
+        """Whether so many bytes have passed."""
+        return self.bytes >= count
+
 
 class Links:
     """A Proxy in front of every node's SSH port. `source` is the server's file of ports, `file` the one that llmctl reads."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import signal
 from collections.abc import Callable
+from functools import partial
 
 from tests.faults.harness import EVERY, SLOW, STEPS, Case
 from tests.faults.kind import LAUNCH, LONG, TERMINATE, End, kind
@@ -227,7 +228,7 @@ def several(case: Case) -> End:
     }
     for name in case.random.sample(sorted(hurts), 3):
         node = case.at_step(most=EVERY)
-        case.until(lambda node=node: len(case.ranks(node)) == 2 and case.status().get("state") == "training")
+        case.until(partial(case.trains, node))
         hurts[name](node)
         case.later(2)
     return End(case.followed())
