@@ -41,6 +41,7 @@ bench: $(VENV)/.dev
 ## The long fault harness on real processes, and many simulated schedules; writes docs/reliability.md.
 faults: $(VENV)/.dev
 	$(BIN)/python -m tests.faults
+	$(BIN)/python -m pytest -q -m harness tests
 
 clean:
 	rm -rf $(VENV) .quickstart .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

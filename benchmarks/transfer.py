@@ -1,6 +1,6 @@
 """Bytes, commands and log lines between here and a node, beside what plain OpenSSH does on the same link in the same run.
 
-    python benchmarks/transfer.py [--server local|sshd] [--delay-ms 0 70] [--megabytes 500] [--rounds 2] [--json FILE]
+    python -m benchmarks.transfer [--server local|sshd] [--delay-ms 0 70] [--megabytes 500] [--rounds 2] [--json FILE]
 
 Both ends are on this machine, the delay is made by a proxy in a process of its own: ratios mean something, absolute figures
 are this machine's. "plain" is the best of 1, 2, 4 and 8 `rsync -aW --inplace` processes, each with a connection of its own

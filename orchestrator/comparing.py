@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,23 @@ def _dotted(key: str | None) -> bool:
 def table(store: Store, ask: Ask, *, bare: bool = False) -> Table:
     """The table; `bare`: the rows alone. Raises Usage for a column that there is not."""
     _check_columns(ask)
+    with _uncollected():
+        return _table(store, ask, bare=bare)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the cyclic collector, which would walk ten thousand rows again and again and find nothing."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def _table(store: Store, ask: Ask, *, bare: bool) -> Table:
     found = entries(store, ask)
     if ask.group_by:
         rows = compare.grouped(found, ask.group_by, ask.test_set)

@@ -99,7 +99,7 @@ def orphan(
     Of this owner: a node that no live run has and that is not kept on purpose. Of anyone: an llmctl node past its lease.
     With `foreign` also unexpired nodes of other owners. A machine that is not llmctl's is nobody's business.
     """
-    if facts.key is None or facts.status in ENDED:
+    if facts.status in ENDED or (facts.key is None and facts.owner != owner):
         return None
     mine = facts.owner == owner or node is not None
     if mine and run is not None and run.live and node is not None and not node.settled:

@@ -96,18 +96,26 @@ def _table(table: Table) -> None:
             style=render.state_style if key == "state" else None,
         )
         for index, key in enumerate(_keys(table, short=True))
+        if table.columns or _KEEP.get(key, 2) >= 9 or not _blank(table.rows, key)
     ]
     render.table(columns, table.rows)
     _notes(table)
 
 
 def _marked(table: Table, key: str, marks: dict[int, int]) -> Callable[[dict[str, Any]], str]:
+    known: dict[Any, str] = {}
+    noted = table.grouped or key == "cost_usd" or key in table.best
+
     def text(row: dict[str, Any]) -> str:
-        index = marks[id(row)]
         value = row.get(key)
         if key == "run" and value is None:
             value = row.get("name")
-        shown = cell(key, value)
+        shown = known.get(value)
+        if shown is None:
+            shown = known[value] = cell(key, value)
+        if not noted:
+            return shown
+        index = marks[id(row)]
         spread = row.get(f"{key}_sd") if table.grouped else None
         if spread is not None:
             shown += f" ± {cell(key, spread)}"
@@ -145,7 +153,11 @@ def _csv(table: Table) -> None:
 
 
 def _markdown(table: Table) -> None:
-    keys = [key for key in _keys(table, short=True) if table.columns or key == "run" or not _blank(table.rows, key)]
+    keys = [
+        key
+        for key in _keys(table, short=True)
+        if table.columns or key == "run" or not _blank(table.rows, key)
+    ]
     lines = ["| " + " | ".join(keys) + " |", "|" + "|".join(" --- " for _ in keys) + "|"]
     for row in table.rows:
         values = [row.get(key) if key != "run" or row.get(key) else row.get("name") for key in keys]

@@ -61,8 +61,7 @@ def entry(
     training = _number(summary.get("training_seconds"))
     billed = _number(summary.get("billed_seconds"))
     micro = _number(summary.get("training_micro_usd"))
-    row: Row = dict.fromkeys(COLUMNS)
-    row |= {key: summary.get(key) if key in _TEXT else _number(summary.get(key)) for key in COLUMNS}
+    row: Row = {key: summary.get(key) if key in _TEXT else _number(summary.get(key)) for key in COLUMNS}
     row |= {
         "source": "run",
         "training_hours": training / 3600 if training is not None else None,
@@ -85,7 +84,7 @@ def entry(
 def _cost(summary: Mapping[str, Any], now: float | None) -> float | None:
     """Dollars so far; None where the record does not tell."""
     try:
-        return usd(cost_now(dict(summary), now))
+        return usd(cost_now(summary, now))
     except (KeyError, TypeError):
         return None
 
@@ -365,6 +364,6 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _number(value: Any) -> float | None:
     """A finite number; None for anything else."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        return value
-    return None
+    if type(value) is float:
+        return value if math.isfinite(value) else None
+    return value if type(value) is int else None

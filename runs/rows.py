@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 MICRO = 1_000_000
@@ -22,7 +23,7 @@ def billing(node: dict[str, Any]) -> bool:
     return bool(node["unsettled"] and node["billing_from"] is not None)
 
 
-def cost_now(row: dict[str, Any], now: float | None = None) -> int:
+def cost_now(row: Mapping[str, Any], now: float | None = None) -> int:
     """Micro-dollars of a stored row at `now` (POSIX seconds): the settled part, and the meters that still run."""
     now = time.time() if now is None else now
     micro = 0

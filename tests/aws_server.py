@@ -141,6 +141,27 @@ class AwsServer:
         from werkzeug.serving import WSGIRequestHandler, make_server
 
         self.directory, self.pace = directory, pace
+        self._nodes = AwsNodes(directory / "nodes") if real_nodes else None
+        self._lock = threading.Lock()
+        self._moto = DomainDispatcherApplication(create_backend_app)
+        self.renew()
+
+        class Quiet(WSGIRequestHandler):
+            def log(self, *_: object) -> None:
+                """Nothing."""
+
+        self._server = make_server("127.0.0.1", 0, self, threaded=True, request_handler=Quiet)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        self._over = threading.Event()
+        self._poller = threading.Thread(target=self._poll, daemon=True)
+        self._poller.start()
+
+    def renew(self) -> None:
+        """An empty account in which all is well."""
+        from moto.moto_api._internal import moto_api_backend
+
+        moto_api_backend.reset()
         self.prices: dict[str, float] | None = dict(PRICES)
         """On-demand dollars an hour in every region; None: the price list may not be asked."""
         self.spot: dict[str, float] = {}
@@ -163,21 +184,6 @@ class AwsServer:
         self._started: set[str] = set()
         self._ended: set[str] = set()
         self._regions: set[str] = set()
-        self._lock = threading.Lock()
-        self._nodes = AwsNodes(directory / "nodes") if real_nodes else None
-        self._moto = DomainDispatcherApplication(create_backend_app)
-        _reset()
-
-        class Quiet(WSGIRequestHandler):
-            def log(self, *_: object) -> None:
-                """Nothing."""
-
-        self._server = make_server("127.0.0.1", 0, self, threaded=True, request_handler=Quiet)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        self._over = threading.Event()
-        self._poller = threading.Thread(target=self._poll, daemon=True)
-        self._poller.start()
         self.parameters: dict[str, str] = {IMAGE: self.image()}
         """Public SSM parameters, the same in every region."""
 
@@ -252,7 +258,7 @@ class AwsServer:
 
     def close(self) -> None:
         """End everything, then complain about what was left."""
-        left, unfired = self.alive(), [item for item in self.faults if item["times"] > 0]
+        left, unfired = self.alive(), self.unfired()
         self._over.set()
         self._poller.join()
         if self._nodes:
@@ -261,7 +267,14 @@ class AwsServer:
             item.close()
         self._server.shutdown()
         self._server.server_close()
-        _reset()
+        self.complain(left, unfired)
+
+    def unfired(self) -> list[dict[str, Any]]:
+        """Faults that have not happened."""
+        return [item for item in self.faults if item["times"] > 0]
+
+    def complain(self, left: list[str], unfired: list[dict[str, Any]]) -> None:
+        """Fail for what was left."""
         assert unfired == [], "these faults never happened: the test shows nothing"
         assert self._may_bill or left == [], "instances are left"
 
@@ -362,8 +375,14 @@ class AwsServer:
             )
             if self.sold_out & {zone, f"{parameters.get('InstanceType')}/{zone}"}:
                 return _error("ec2", "InsufficientInstanceCapacity", 500)
-        if action == "TerminateInstances" and self.terminate_lies and "DryRun" not in parameters:
-            self.terminate_lies -= 1
+        if action == "TerminateInstances" and "DryRun" not in parameters:
+            over = any(
+                item.id == parameters["InstanceId.1"] and item.state == "terminated"
+                for item in _ec2(region).all_instances()
+            )
+            if not self.terminate_lies and not over:  # moto cannot end what has ended; EC2 says yes again
+                return None
+            self.terminate_lies -= 0 if over else 1
             item = f"<item><instanceId>{parameters['InstanceId.1']}</instanceId><currentState><code>32</code><name>shutting-down</name></currentState></item>"
             return (
                 "200 OK",
@@ -460,13 +479,6 @@ def _ec2(region: str) -> Any:
     from moto.ec2.models import ec2_backends
 
     return ec2_backends[ACCOUNT][region]
-
-
-def _reset() -> None:
-    """Empty accounts."""
-    from moto.moto_api._internal import moto_api_backend
-
-    moto_api_backend.reset()
 
 
 def _narrow(environ: dict[str, Any], parameters: dict[str, str]) -> None:
@@ -575,10 +587,7 @@ def aws_factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cal
 
     def make(**options: Any) -> AwsServer:
         made.append(AwsServer(tmp_path / f"aws{len(made)}", **options))
-        for name in [name for name in os.environ if name.startswith("AWS_")]:
-            monkeypatch.delenv(name)
-        for name, value in made[-1].environment(tmp_path / "home").items():
-            monkeypatch.setenv(name, value)
+        _take(made[-1], tmp_path, monkeypatch)
         return made[-1]
 
     yield make
@@ -587,6 +596,25 @@ def aws_factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cal
 
 
 @pytest.fixture
-def aws(aws_factory: Callable[..., AwsServer]) -> AwsServer:
-    """An account whose instances exist on paper."""
-    return aws_factory(pace=0.0001)
+def aws(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[AwsServer]:
+    """An account whose instances exist on paper; one server of a process serves all its tests, empty each time."""
+    if _SHARED:
+        _SHARED[0].renew()
+    else:
+        _SHARED.append(AwsServer(tmp_path_factory.mktemp("aws"), pace=0.0001))
+    _take(_SHARED[0], tmp_path, monkeypatch)
+    yield _SHARED[0]
+    _SHARED[0].complain(_SHARED[0].alive(), _SHARED[0].unfired())
+
+
+_SHARED: list[AwsServer] = []
+
+
+def _take(server: AwsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process takes the server for AWS."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in server.environment(tmp_path / "home").items():
+        monkeypatch.setenv(name, value)

@@ -3,7 +3,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const SVG = "http://www.w3.org/2000/svg";
 const hidden = new Set();
 const byRun = new Map(data.runs.map((run) => [run.run, run]));
-const colours = new Map(data.runs.map((run, index) => [run.run, colour(index, data.runs.length)]));
+const colours = new Map(data.runs.map((run, index) => [run.run, colour(index)]));
 const PHASE_COLOURS = {
   training: "#2f9e63", redone: "#c2413b", evaluating: "#2b8fb3", preparing: "#d39a21", collecting: "#4f6fd0",
   booting: "#9a57c4", releasing: "#8a9199", idle: "#d4735e",
@@ -29,8 +29,9 @@ function shape(name, attributes, text) {
   return made;
 }
 
-function colour(index, count) {
-  return `hsl(${Math.round((index * 360) / Math.max(count, 6) + 212) % 360} 62% ${index % 2 ? 42 : 54}%)`;
+// Neighbours lie a golden angle apart; one lightness that stands out from a white page and from a dark one.
+function colour(index) {
+  return `oklch(0.64 0.15 ${Math.round(index * 137.508 + 255) % 360})`;
 }
 
 function figure(key, value) {
@@ -52,6 +53,8 @@ function short(value) {
 // ---------------------------------------------------------------- the table
 
 const TEXT = new Set(["run", "name", "source", "state", "provider", "instance_type", "gpu", "validation_set", "test_set", "started"]);
+// What the page is about comes first: a narrow window shows it without scrolling.
+const FIRST = ["run", "state", "train_loss", "validation_loss", "test_loss", "test_set", "cost_usd", "training_usd", "billed_hours", "gpu", "gpus", "parameters", "tokens"];
 const SET_OF = { validation_loss: "validation_set", test_loss: "test_set" };
 
 function sorted() {
@@ -71,7 +74,7 @@ function sorted() {
 }
 
 function table() {
-  const shown = data.columns.filter((key) => key !== "name" && key !== "source" && data.rows.some((row) => row[key] !== null));
+  const shown = FIRST.concat(data.columns.filter((key) => !FIRST.includes(key))).filter((key) => key !== "name" && key !== "source" && data.rows.some((row) => row[key] !== null));
   const head = element("tr", {}, element("th", { class: "text" }, ""));
   for (const key of shown) {
     const sort = order.key === key ? (order.down ? "descending" : "ascending") : "none";
@@ -113,22 +116,27 @@ function ticks(low, high, count) {
   return found;
 }
 
-function frame(box, xs, ys, { height = 420, xname, yname, log = false }) {
+// The ends of an axis, with room around them; equal values get an axis around them.
+function ends(values, room) {
+  const low = Math.min(...values), high = Math.max(...values);
+  const pad = low === high ? Math.abs(low) * 0.05 || 1 : (high - low) * room;
+  return [low - pad, high + pad];
+}
+
+function frame(box, xs, ys, { height = 420, room = 0, xname, yname, log = false }) {
   const width = 1100, left = 62, right = 14, top = 10, bottom = 44;
   const finite = (values) => values.filter((value) => Number.isFinite(value) && (!log || value > 0));
   const view = (value) => (log ? Math.log10(value) : value);
-  const low = Math.min(...finite(xs).map(view)), high = Math.max(...finite(xs).map(view));
-  const floor = Math.min(...ys.filter(Number.isFinite)), ceiling = Math.max(...ys.filter(Number.isFinite));
-  const pad = (ceiling - floor || 1) * 0.04;
-  const x = (value) => left + ((view(value) - low) / (high - low || 1)) * (width - left - right);
-  const y = (value) => height - bottom - ((value - floor + pad) / (ceiling - floor + 2 * pad)) * (height - top - bottom);
+  const [low, high] = ends(finite(xs).map(view), room), [floor, ceiling] = ends(ys.filter(Number.isFinite), 0.04);
+  const x = (value) => left + ((view(value) - low) / (high - low)) * (width - left - right);
+  const y = (value) => height - bottom - ((value - floor) / (ceiling - floor)) * (height - top - bottom);
   const svg = shape("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${yname} over ${xname}` });
   for (const value of ticks(floor, ceiling, 6)) {
     svg.append(shape("line", { class: "grid", x1: left, x2: width - right, y1: y(value), y2: y(value) }));
     svg.append(shape("text", { x: left - 6, y: y(value) + 4, "text-anchor": "end" }, String(+value.toPrecision(4))));
   }
   for (const value of ticks(low, high, 7)) {
-    const at = left + ((value - low) / (high - low || 1)) * (width - left - right);
+    const at = left + ((value - low) / (high - low)) * (width - left - right);
     svg.append(shape("line", { class: "axis", x1: at, x2: at, y1: height - bottom, y2: height - bottom + 4 }));
     svg.append(shape("text", { x: at, y: height - bottom + 18, "text-anchor": "middle" }, short(log ? 10 ** value : value)));
   }
@@ -177,7 +185,7 @@ function pareto() {
   const loss = sets().get(set);
   const points = data.rows.filter((row) => loss && row[SET_OF[loss]] === set && row[loss] !== null && row[cost] !== null && !hidden.has(row.run));
   if (!points.length) return empty(box, "No run that is shown has both a loss and a cost.");
-  const { svg, x, y } = frame(box, points.map((row) => row[cost]), points.map((row) => row[loss]), { xname: cost === "cost_usd" ? "dollars" : "node-hours", yname: "loss on " + set });
+  const { svg, x, y } = frame(box, points.map((row) => row[cost]), points.map((row) => row[loss]), { room: 0.04, xname: cost === "cost_usd" ? "dollars" : "node-hours", yname: "loss on " + set });
   const front = [];
   for (const row of [...points].sort((one, other) => one[cost] - other[cost] || one[loss] - other[loss]))
     if (!front.length || row[loss] < front.at(-1)[loss]) front.push(row);

@@ -22,6 +22,11 @@ TERMINATE = "POST /api/v1/instance-operations/terminate"
 Make = Callable[..., tuple[Cloud, Cli]]
 
 
+def harness(*values: Any) -> Any:
+    """A case that `make faults` runs; its sister is part of `make test`."""
+    return pytest.param(*values, marks=pytest.mark.harness)
+
+
 @pytest.fixture
 def rented(lambda_cloud_factory: Callable[..., Cloud], tmp_path: Path) -> Iterator[Make]:  # noqa: F811
     """Makes a server with the given switches, and a CLI that takes it for Lambda."""
@@ -80,7 +85,7 @@ def test_launch_with_default_settings_and_rate_limits(rented: Make) -> None:
     assert "billing" not in cli.run("status").stderr
 
 
-@pytest.mark.parametrize("kind", ["lose-answer", "lose-request", "garbage"])
+@pytest.mark.parametrize("kind", ["lose-answer", harness("lose-request"), harness("garbage")])
 def test_lost_answer_to_launch(rented: Make, kind: str) -> None:
     """The truth is read from the instance list: what exists is used, what does not is asked for under a new name."""
     cloud, cli = rented()
@@ -90,7 +95,7 @@ def test_lost_answer_to_launch(rented: Make, kind: str) -> None:
     assert len(launches(cloud)) == 1
 
 
-@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("status", [429, harness(503)])
 def test_storm(rented: Make, status: int) -> None:
     """Reads, launches and terminates are refused for a while, some after they have had their effect."""
     cloud, cli = rented()
@@ -161,10 +166,9 @@ def test_host_key_accept_new(rented: Make) -> None:
 @pytest.mark.parametrize(
     ("phase", "how"),
     [
-        ("booting", "terminated"),
-        ("booting", "unhealthy"),
         ("training", "vanished"),
-        ("training", "preempted"),
+        *(harness("booting", how) for how in ("terminated", "unhealthy")),
+        harness("training", "preempted"),
     ],
 )
 def test_instance_dies(rented: Make, phase: str, how: str) -> None:

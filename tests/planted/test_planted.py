@@ -12,6 +12,7 @@ import pytest
 
 from .bugs import BUGS, Bug
 
+pytestmark = pytest.mark.harness
 ROOT = Path(__file__).parents[2]
 SCHEDULES = 500
 """Enough for every bug here; the whole suite runs 10,000."""

@@ -1,3 +1,4 @@
+# ruff: noqa: F811 - fixtures are imported by name
 """The provider `ec2` against moto over HTTP: launching, looking, ending, and what AWS's answers mean."""
 
 from __future__ import annotations
@@ -23,16 +24,21 @@ from provisioning.base import (
     Refused,
     Unavailable,
 )
-from runs.facts import Marker
+from runs.facts import Marker, Offer, Tariff
 from tests.aws_server import SECRET, AwsServer, aws, aws_factory  # noqa: F401
 from tests.lambda_fixtures import request as lambda_request
 
 HARDWARE: dict[str, object] = {"gpu": "A10G:1", "regions": ["us-east-1"]}
 OWNER = "0123abcd"
+OFFER = Offer(
+    provider="ec2", instance_type="g5.xlarge", region="us-east-1a", gpu="A10G-24GB", gpus=1,
+    tariff=Tariff(micro_usd_per_hour=1_022_438, minimum_seconds=60),
+    options={"market": "on-demand", "volume_gib": "150", "volume_micro_usd": "16438"},
+)  # fmt: skip
 
 
 @pytest.fixture
-def provider(aws: AwsServer, tmp_path: Path) -> ec2.Ec2:  # noqa: F811
+def provider(aws: AwsServer, tmp_path: Path) -> ec2.Ec2:
     return made(tmp_path)
 
 
@@ -40,9 +46,17 @@ def made(tmp_path: Path, **hardware: object) -> ec2.Ec2:
     return ec2.open(Home(tmp_path / "home", OWNER), {**HARDWARE, **hardware})
 
 
-def request(provider: ec2.Ec2, run: str = "run-abcd", attempt: int = 1, **hardware: object) -> LaunchRequest:
+def request(
+    provider: ec2.Ec2, run: str = "run-abcd", attempt: int = 1, *, asked: bool = False, **hardware: object
+) -> LaunchRequest:
+    """A launch of the cheapest type; with `asked` of the first offer that AWS makes for the hardware."""
     wanted = {**HARDWARE, **hardware}
-    return dataclasses.replace(lambda_request(run, attempt), offer=provider.offers(wanted)[0], options=wanted)
+    plain = OFFER.model_copy(
+        update={"options": {**OFFER.options, "market": str(wanted.get("market", "on-demand"))}}
+    )
+    return dataclasses.replace(
+        lambda_request(run, attempt), offer=provider.offers(wanted)[0] if asked else plain, options=wanted
+    )
 
 
 def test_it_is_a_provider(provider: ec2.Ec2) -> None:
@@ -50,8 +64,11 @@ def test_it_is_a_provider(provider: ec2.Ec2) -> None:
     assert provider.traits.lease_on_node and provider.traits.rented
 
 
-def test_a_launch_is_what_it_should_be(aws: AwsServer, provider: ec2.Ec2) -> None:  # noqa: F811
-    wanted = request(provider)
+def test_a_launch_is_what_it_should_be(aws: AwsServer, provider: ec2.Ec2) -> None:
+    wanted = request(provider, asked=True)
+    assert wanted.offer.model_copy(update={"description": ""}) == OFFER.model_copy(
+        update={"vcpus": 4, "memory_gib": 16, "storage_gib": 400}
+    )
     node_id = provider.launch(wanted)
     (sent,) = aws.sent("RunInstances")
     told = sent["parameters"]
@@ -90,7 +107,7 @@ def test_a_launch_is_what_it_should_be(aws: AwsServer, provider: ec2.Ec2) -> Non
 def test_the_group_lets_in_this_address_alone_and_follows_it(
     aws: AwsServer,
     provider: ec2.Ec2,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     node_id = provider.launch(request(provider))
 
@@ -115,13 +132,13 @@ def test_the_group_lets_in_this_address_alone_and_follows_it(
     provider.terminate(node_id)
 
 
-def test_a_second_launch_uses_the_same_group_and_key(aws: AwsServer, provider: ec2.Ec2) -> None:  # noqa: F811
+def test_a_second_launch_uses_the_same_group_and_key(aws: AwsServer, provider: ec2.Ec2) -> None:
     for attempt in (1, 2):
         provider.terminate(provider.launch(request(provider, attempt=attempt)))
     assert len(aws.sent("CreateSecurityGroup")) == 1 and len(aws.sent("ImportKeyPair")) == 1
 
 
-def test_the_token_never_makes_a_second_instance(aws: AwsServer, provider: ec2.Ec2) -> None:  # noqa: F811
+def test_the_token_never_makes_a_second_instance(aws: AwsServer, provider: ec2.Ec2) -> None:
     wanted = request(provider)
     aws.fault("RunInstances", "lose-answer")
     with pytest.raises(Ambiguous):
@@ -133,7 +150,7 @@ def test_the_token_never_makes_a_second_instance(aws: AwsServer, provider: ec2.E
 @pytest.mark.parametrize("kind", ["lose-request", "lose-answer", "lie", "garbage"])
 def test_a_launch_without_a_clear_answer_is_ambiguous_and_sent_once(
     aws: AwsServer, provider: ec2.Ec2, kind: str
-) -> None:  # noqa: F811
+) -> None:
     wanted = request(provider)
     aws.fault("RunInstances", kind)
     with pytest.raises(Ambiguous):
@@ -162,9 +179,9 @@ def test_a_launch_without_a_clear_answer_is_ambiguous_and_sent_once(
         ("InternalError", 500, Ambiguous, "tried again"),
     ],
 )
-def test_what_a_code_means(
+def test_what_a_code_means(  # noqa: PLR0917
     aws: AwsServer, provider: ec2.Ec2, code: str, status: int, error: type[Exception], words: str
-) -> None:  # noqa: F811, PLR0917
+) -> None:
     wanted = request(provider)
     aws.fault("RunInstances", "refuse", code=code, status=status)
     with pytest.raises(error) as raised:
@@ -182,7 +199,7 @@ def test_quotas_are_named_by_family_and_market() -> None:
     assert "L-1216C47A" in amazon.quota_hint({"InstanceType": "c7i.large"})
 
 
-def test_a_read_that_fails_is_unavailable_not_an_empty_list(aws: AwsServer, provider: ec2.Ec2) -> None:  # noqa: F811
+def test_a_read_that_fails_is_unavailable_not_an_empty_list(aws: AwsServer, provider: ec2.Ec2) -> None:
     provider.inventory()
     aws.fault("DescribeInstances", "refuse", times=4, code="InternalError", status=500)
     with pytest.raises(Unavailable):
@@ -201,7 +218,7 @@ def test_extend_moves_name_and_tag(provider: ec2.Ec2) -> None:
 
 def test_terminating_what_is_gone_is_a_success_and_what_lies_is_seen(
     aws: AwsServer, provider: ec2.Ec2
-) -> None:  # noqa: F811
+) -> None:
     provider.terminate("i-0123456789abcdef0")
     assert provider.find("i-0123456789abcdef0") is None and provider.find("not an id") is None
     node_id = provider.launch(request(provider))
@@ -215,10 +232,10 @@ def test_terminating_what_is_gone_is_a_success_and_what_lies_is_seen(
     provider.terminate(node_id)
 
 
-def test_spot_is_one_time_capped_and_priced_by_its_hours(aws: AwsServer, tmp_path: Path) -> None:  # noqa: F811
+def test_spot_is_one_time_capped_and_priced_by_its_hours(aws: AwsServer, tmp_path: Path) -> None:
     aws.spot = {"us-east-1b": 0.2}
     provider = made(tmp_path, market="spot", max_usd_per_hour=0.6)
-    wanted = request(provider, market="spot", max_usd_per_hour=0.6)
+    wanted = request(provider, asked=True, market="spot", max_usd_per_hour=0.6)
     assert wanted.offer.region == "us-east-1b" and wanted.offer.tariff.micro_usd_per_hour == 216_438
     node_id = provider.launch(wanted)
     told = aws.sent("RunInstances")[0]["parameters"]
@@ -234,13 +251,13 @@ def test_spot_is_one_time_capped_and_priced_by_its_hours(aws: AwsServer, tmp_pat
 
 def test_prices_come_from_the_dated_table_where_the_list_may_not_be_asked(
     aws: AwsServer, tmp_path: Path
-) -> None:  # noqa: F811
+) -> None:
     aws.prices = None
     offer = made(tmp_path).offers(HARDWARE)[0]
     assert offer.tariff.estimated and offer.usd_per_hour == pytest.approx(1.006 + 0.016438)
 
 
-def test_prices_are_kept_for_a_day(aws: AwsServer, tmp_path: Path) -> None:  # noqa: F811
+def test_prices_are_kept_for_a_day(aws: AwsServer, tmp_path: Path) -> None:
     for _ in range(2):
         made(tmp_path).offers(HARDWARE)
     assert len(aws.sent("pricing GetProducts")) == 2  # one for each type with an A10G
@@ -265,7 +282,7 @@ def test_an_image_that_is_not_there_is_refused(provider: ec2.Ec2) -> None:
     assert error.value.code == "no-image" and "hardware.image" in error.value.hint
 
 
-def test_a_subnet_narrows_the_offers(aws: AwsServer, provider: ec2.Ec2) -> None:  # noqa: F811
+def test_a_subnet_narrows_the_offers(aws: AwsServer, provider: ec2.Ec2) -> None:
     subnet = next(
         item
         for item in aws.client("ec2").describe_subnets()["Subnets"]
@@ -277,7 +294,7 @@ def test_a_subnet_narrows_the_offers(aws: AwsServer, provider: ec2.Ec2) -> None:
 
 def test_without_credentials_it_is_not_configured(
     aws: AwsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # noqa: F811
+) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     with pytest.raises(CredentialsError) as error:
@@ -292,7 +309,7 @@ def test_without_boto3_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     assert error.value.code == "no-extra" and "pip install 'llmctl[aws]'" in error.value.hint
 
 
-def test_doctor_names_what_the_policy_lacks(aws: AwsServer, provider: ec2.Ec2) -> None:  # noqa: F811
+def test_doctor_names_what_the_policy_lacks(aws: AwsServer, provider: ec2.Ec2) -> None:
     assert [item.ok for item in provider.check()] == [True, True, True]
     aws.denied = {"TerminateInstances", "CreateTags"}
     (bad,) = [item for item in provider.check() if not item.ok]
@@ -303,7 +320,7 @@ def test_doctor_names_what_the_policy_lacks(aws: AwsServer, provider: ec2.Ec2) -
 
 def test_the_shipped_policy_allows_all_that_doctor_asks_and_all_that_is_sent(
     aws: AwsServer, tmp_path: Path
-) -> None:  # noqa: F811
+) -> None:
     policy = json.loads(Path(ec2_check.__file__).with_name("iam-policy.json").read_text())
     allowed = {
         action
@@ -322,20 +339,20 @@ def test_the_shipped_policy_allows_all_that_doctor_asks_and_all_that_is_sent(
     assert aws_names <= allowed
 
 
-def test_leftovers_are_volumes_that_nothing_has(aws: AwsServer, provider: ec2.Ec2) -> None:  # noqa: F811
+def test_leftovers_are_volumes_that_nothing_has(aws: AwsServer, provider: ec2.Ec2) -> None:
     volume = aws.client("ec2").create_volume(AvailabilityZone="us-east-1a", Size=300)["VolumeId"]
     (text,) = provider.leftovers()
     assert volume in text and "300 GiB" in text and "delete-volume" in text
 
 
-def test_the_dry_run_shows_the_request_without_the_host_key(aws: AwsServer, provider: ec2.Ec2) -> None:  # noqa: F811
+def test_the_dry_run_shows_the_request_without_the_host_key(aws: AwsServer, provider: ec2.Ec2) -> None:
     wanted = request(provider)
     before = len(aws.requests)
     shown = json.dumps(provider.redacted(wanted))
     assert "PRIVATE KEY" not in shown and wanted.marker.key in shown and len(aws.requests) == before
 
 
-def test_a_stopped_instance_is_ill_and_a_foreign_one_is_nobodys(aws: AwsServer, provider: ec2.Ec2) -> None:  # noqa: F811
+def test_a_stopped_instance_is_ill_and_a_foreign_one_is_nobodys(aws: AwsServer, provider: ec2.Ec2) -> None:
     aws.client("ec2").run_instances(ImageId=aws.image(), MinCount=1, MaxCount=1, InstanceType="t3.micro")
     (foreign,) = provider.inventory().nodes
     assert foreign.key is None and foreign.owner is None

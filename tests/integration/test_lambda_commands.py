@@ -1,0 +1,89 @@
+"""The other commands beside a rented node: stop, extend, reap, and Ctrl-C while nothing is rented."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+
+import pytest
+
+from tests.integration.test_lambda_launch import (  # noqa: F401  fixtures
+    Make,
+    honest,
+    lambda_cloud_factory,
+    lambda_spec,
+    launches,
+    rented,
+)
+
+pytestmark = pytest.mark.slow
+LONG = {"train__steps": 5000, "train__validate_every": 1000, "checkpoint": {"every_steps": 100}}
+
+
+def detached(cli, **changes) -> str:
+    """A run that trains and is not followed."""
+    (cli.home / "run.yaml").write_text(lambda_spec(**{**LONG, **changes}))
+    cli.run("launch", "run.yaml", "-y", "--detach")
+    run = cli.only()
+    cli.wait(lambda: (cli.row(run)["step"] or 0) > 20)
+    return run
+
+
+def test_the_budget_ends_a_run_with_its_checkpoint_here(rented: Make) -> None:  # noqa: F811
+    """`extend` raises every limit of a living run; without it the deadline ends the run, whole."""
+    cloud, cli = rented()
+    run = detached(cli, budget={"max_usd": 5, "max_hours": 1})
+    before = cloud.machines()[0]["name"]
+    cli.run("extend", run, "--max-hours", "2", "--max-usd", "9")
+    renamed = cli.wait(lambda: [item["name"] for item in cloud.machines() if item["name"] != before])
+    assert len(renamed) == 1, "the lease in the node's name moved too"
+    cli.run("stop", run)
+    document = cli.show(run)
+    assert (document["state"], document["reason"]) == ("stopped", "user")
+    newest = max(document["checkpoints"], key=lambda item: item["step"])
+    assert newest["fetched"]
+    assert len(launches(cloud)) == 1
+    honest(cloud, cli, run)
+
+
+def test_reap_ends_what_nobody_answers_for(rented: Make) -> None:  # noqa: F811
+    """A home that is gone, its driver killed: another machine's `reap` leaves the node alone until told otherwise."""
+    cloud, cli = rented()
+    run = detached(cli)
+    os.kill(cli.driver_pid(run), signal.SIGKILL)
+    assert cli.json("reap")["found"] == [], "a live run's node is not an orphan, driver or not"
+    lost = cli.home.with_name("another")
+    other = type(cli)(lost, {**cloud.environment(lost)})
+    assert other.json("reap")["found"] == [], "a colleague's unexpired node is nobody's business"
+    shown = other.run("reap", "--foreign", "--json", code=2)
+    assert cloud.billing() and cloud.machines()[0]["id"] in shown.stdout + shown.stderr
+    ended = other.json("reap", "--foreign", "--yes")
+    assert [item["id"] for item in ended["terminated"]] == [cloud.machines()[0]["id"]]
+    assert cloud.billing() == []
+    # Back at the first machine the run finds its node gone, and needs no help to carry on or to stop.
+    cli.run("stop", run, "--now", code=None)
+    cli.wait(lambda: cli.show(run)["state"] in {"stopped", "failed", "lost"})
+    shutil.rmtree(lost)
+
+
+def test_ctrl_c_before_anything_is_rented(rented: Make) -> None:  # noqa: F811
+    """It cancels the wait: exit 130, and no request to rent was ever sent."""
+    cloud, cli = rented(capacity={"gpu_1x_a10": []})
+    (cli.home / "run.yaml").write_text(lambda_spec())
+    waiting = cli.start("launch", "run.yaml", "-y", "--wait", "10h")
+    cli.wait(
+        lambda: (
+            cli.json("status")
+            and cli.json("status")[0]["state"] == "waiting"
+            and cloud.sent("GET /instance-types")
+        )
+    )
+    time.sleep(
+        0.5
+    )  # the follower is past its start; what a person's hand does is not an event that could be awaited
+    waiting.send_signal(signal.SIGINT)
+    _, said = waiting.communicate(timeout=60)
+    assert waiting.returncode == 130, said
+    assert cloud.sent("POST /instance-operations/launch") == []
