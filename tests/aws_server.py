@@ -240,6 +240,10 @@ class AwsServer:
         """Ids of instances that bill."""
         return [item.id for item in self.instances() if item.state not in {"terminated", "shutting-down"}]
 
+    def subnets(self) -> list[Any]:
+        """The subnets of the first region."""
+        return list(_ec2(REGION).describe_subnets())
+
     def sent(self, match: str) -> list[dict[str, Any]]:
         """Requests whose name contains `match`: {name, parameters}."""
         return [row for row in self.requests if match in row["name"]]
@@ -328,6 +332,7 @@ class AwsServer:
         self, environ: dict[str, Any], name: str, parameters: dict[str, str], region: str
     ) -> tuple[str, list[tuple[str, str]], bytes]:
         service, _, action = name.partition(" ")
+        action = action.split(" ")[0] if service != "s3" else action
         if action in self.denied:
             return _error(
                 service, "UnauthorizedOperation" if service == "ec2" else "AccessDeniedException", 403
@@ -523,7 +528,8 @@ def _name(environ: dict[str, Any], body: bytes) -> tuple[str, dict[str, str], st
         parameters = {
             key: values[0] for key, values in parse_qs(body.decode(), keep_blank_values=True).items()
         }
-        return f"{service} {parameters.get('Action')}", parameters, region
+        where = parameters.get("NetworkInterface.1.SubnetId", "")
+        return f"{service} {parameters.get('Action')} {where}".rstrip(), parameters, region
     if "HTTP_X_AMZ_TARGET" in environ:
         raw = json.loads(body or b"{}")
         filters = {item["Field"]: item["Value"] for item in raw.get("Filters", []) if "Field" in item}

@@ -121,6 +121,13 @@ class Cli:
                 continue
         return mine
 
+    def left(self, patience: float = 20) -> list[str]:
+        """The command lines of what still lives after `patience` seconds; a driver that has just finished is given that."""
+        end = time.monotonic() + patience
+        while (alive := self.processes()) and time.monotonic() < end:
+            time.sleep(0.1)
+        return [" ".join(process.cmdline())[:200] for process in alive]
+
     def _owns(self, process: psutil.Process) -> bool:
         home = str(self.home)
         return any(home in word for word in process.cmdline()) or home in process.environ().get("HOME", "")

@@ -40,7 +40,7 @@ def rented(lambda_cloud_factory: Callable[..., Cloud], tmp_path: Path) -> Iterat
 
     yield make
     for cli in clis:
-        left = [" ".join(process.cmdline())[:200] for process in cli.processes()]
+        left = cli.left()
         cli.end()
         assert left == []
 

@@ -21,7 +21,7 @@ def cli(tmp_path: Path) -> Iterator[Cli]:
     """A CLI with an empty home; nothing of it may be left running."""
     cli = Cli(tmp_path / "home")
     yield cli
-    left = [" ".join(process.cmdline())[:200] for process in cli.processes()]
+    left = cli.left()
     cli.end()
     assert left == []
 
