@@ -48,7 +48,7 @@ def print_status(word: str | None) -> int:
 
 
 def print_json(document: Any) -> None:
-    """One JSON document on stdout; a very long list with one element a line, which is written at four times the speed."""
+    """One JSON document on stdout; a very long list with one element a line, which is written in less than half the time."""
     if isinstance(document, list) and len(document) > LONG:
         line = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
         text = "[\n" + ",\n".join(map(line, document)) + "\n]"

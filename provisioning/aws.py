@@ -161,13 +161,14 @@ class Aws:
 
 
 def _call(client: Any, operation: str, parameters: dict[str, Any], *, effect: bool) -> dict[str, Any]:
-    from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.parsers import ResponseParserError
 
     try:
         answer: dict[str, Any] = getattr(client, operation)(**parameters)
     except ClientError as error:
         raise refusal(error, operation, parameters, effect=effect) from None
-    except (BotoCoreError, HTTPClientError) as error:
+    except (BotoCoreError, ResponseParserError) as error:
         raise without_answer(error, operation, effect=effect) from None
     return answer
 

@@ -83,7 +83,15 @@ class S3:
     def read(self, key: str) -> bytes:
         """A small object whole. Raises Refused (NoSuchKey), ProviderError."""
         bucket, name = split(key)
-        body: bytes = self._call("get_object", bucket, Key=name)["Body"].read()
+        from botocore.exceptions import BotoCoreError
+
+        from provisioning.aws import without_answer
+
+        answer = self._call("get_object", bucket, Key=name)
+        try:
+            body: bytes = answer["Body"].read()
+        except BotoCoreError as error:
+            raise without_answer(error, f"get_object {key}", effect=False) from None
         return body
 
     def write(self, key: str, data: bytes) -> None:
@@ -234,13 +242,14 @@ class S3:
     @staticmethod
     def _told(client: Any, operation: str, parameters: dict[str, Any]) -> dict[str, Any]:
         """One exchange. Raises ClientError for what S3 refuses, ProviderError for silence."""
-        from botocore.exceptions import BotoCoreError, HTTPClientError
+        from botocore.exceptions import BotoCoreError
+        from botocore.parsers import ResponseParserError
 
         from provisioning.aws import without_answer
 
         try:
             answer: dict[str, Any] = getattr(client, operation)(**parameters)
-        except (BotoCoreError, HTTPClientError) as error:
+        except (BotoCoreError, ResponseParserError) as error:
             raise without_answer(error, operation, effect=False) from None
         return answer
 

@@ -309,7 +309,7 @@ class Store:
         """The projection rows, newest first, as stored: no pydantic, no fold."""
         where = "" if live is None else f"WHERE live = {int(live)}"
         rows = self._db.execute(f"SELECT summary FROM runs {where} ORDER BY created DESC")
-        # Read as one text, so that ten thousand rows share their keys: a third less time.
+        # Read as one text, so that ten thousand rows share their keys: a sixth less time.
         return list(json.loads(f"[{','.join(row[0] for row in rows)}]"))
 
     def concerning(self) -> list[dict[str, Any]]:

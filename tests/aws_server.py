@@ -45,6 +45,7 @@ PRICES = {
     "p4d.24xlarge": 21.957642,
     "p5.48xlarge": 55.04,
 }
+REGIONS = ("us-east-1", "us-east-2", "us-west-2")
 SOLD = (*PRICES, "g5.48xlarge", "p4de.24xlarge", "p5en.48xlarge", "g4dn.xlarge", "g5g.xlarge", "t3.micro")
 """The types that exist here, of moto's thousand."""
 SECRET = "wJalrXUtnFEMI-llmctl-tests-EXAMPLEKEY"
@@ -394,6 +395,10 @@ class AwsServer:
                 [("Content-Type", "text/xml")],
                 f"<TerminateInstancesResponse><instancesSet>{item}</instancesSet></TerminateInstancesResponse>".encode(),
             )
+        if action == "DescribeRegions" and "DryRun" not in parameters:
+            names = "".join(f"<item><regionName>{name}</regionName></item>" for name in REGIONS)
+            text = f"<DescribeRegionsResponse><regionInfo>{names}</regionInfo></DescribeRegionsResponse>"
+            return "200 OK", [("Content-Type", "text/xml")], text.encode()
         if action == "DescribeSpotPriceHistory" and "DryRun" not in parameters:
             return self._spot_history(parameters, region)
         if parameters.get("DryRun") == "true":

@@ -12,7 +12,7 @@ from tests.faults.kinds import KINDS, SKIPPED
 
 _HEAD = """# What llmctl survives
 
-Written by `make faults`. Each case is a tiny run ({steps} steps, two processes of torchrun on the CPU) through the real CLI: a
+Written by `python -m tests.faults` (`make faults`). Each case is a tiny run ({steps} steps, two processes of torchrun on the CPU) through the real CLI: a
 Lambda-shaped server of its own, nodes that are real SSH machines, one kind of fault at a seeded moment, then `llmctl resume`
 (or whatever command was running). What a case ends with is compared with the server's own ledger, with the files on the node, and
 with the same run undisturbed.
@@ -61,14 +61,14 @@ def _facts(outcomes: Sequence[Outcome]) -> list[str]:
     checked = sum(outcome.announced for outcome in outcomes)
     text = (
         f"{len(outcomes)} cases of {len({outcome.kind for outcome in outcomes})} kinds from the seeds {', '.join(map(str, seeds))}; "
-        f"{checked} launches and terminations, each found announced in the copied database. "
+        f"{checked} launches and terminations were found announced in the copied database. "
         f"{datetime.now(UTC):%Y-%m-%d}, {platform.system()} {platform.machine()}, Python {platform.python_version()}, "
         f"{sum(outcome.seconds for outcome in outcomes) / 60:.0f} minutes of cases."
     )
     return [
         text,
         "",
-        "`python -m tests.faults --only KIND:SEED` repeats one case; the kinds are the functions of `tests/faults/kinds.py`. A seed fixes the",
+        "`python -m tests.faults --only KIND:SEED` repeats one case; the kinds are the functions of `tests/faults/here.py` and `there.py`. A seed fixes the",
         "choices and the moments in steps and seconds; what the machine is doing at such a moment it cannot fix.",
     ]
 

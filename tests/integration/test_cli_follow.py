@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 def cli(tmp_path: Path) -> Iterator[Cli]:
     cli = Cli(tmp_path / "home")
     yield cli
-    left = [" ".join(process.cmdline())[:200] for process in cli.processes()]
+    left = cli.left()
     cli.end()
     assert left == []
 

@@ -18,6 +18,7 @@ from tests.unit.test_judge import completion, stub  # noqa: F401
 from trainer.config import TestSet
 
 RUN = "demo-0001"
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ def rented(aws_factory: Callable[..., AwsServer], tmp_path: Path) -> Iterator[Ma
 
     yield make
     for cli in clis:
-        left = [" ".join(process.cmdline())[:200] for process in cli.processes()]
+        left = cli.left()
         cli.end()
         assert left == []
 
