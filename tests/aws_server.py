@@ -255,7 +255,7 @@ class AwsServer:
             for item in _ec2(region).all_instances():
                 if item.id == node_id:
                     _ec2(region).terminate_instances([node_id])
-                    item._state_reason.code = reason
+                    item.state_reason.code = reason
 
     def may_bill(self) -> None:
         """The test leaves an instance on purpose."""
