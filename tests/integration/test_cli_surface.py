@@ -32,7 +32,7 @@ HEAVY = {
     "ruamel",
 }
 COMMANDS = ["init", "doctor", "offers", "plan", "launch", "resume", "status", "tail", "show", "stop", "extend", "fetch-checkpoint",
-            "ssh", "rm", "reap", "compare", "report", "sample", "evaluate", "data"]  # fmt: skip
+            "ssh", "rm", "reap", "compare", "report", "sample", "evaluate", "judge", "export", "data"]  # fmt: skip
 
 
 @pytest.fixture
