@@ -113,7 +113,9 @@ def resolve(home: Path, plan: Plan) -> DataPlan:
 
     with bar() as progress:
         config = plan.spec.trainer_config()
-        return sources.resolve_spec(config, cache=home / "cache", objects=objects_for(config), progress=progress)
+        return sources.resolve_spec(
+            config, cache=home / "cache", objects=objects_for(config), progress=progress
+        )
 
 
 class bar:  # noqa: N801  used as a context, like open()

@@ -62,7 +62,8 @@ def attempt(kind: Kind, seed: int, cache: Path, known: Reference | None) -> Outc
         except (AssertionError, OSError, subprocess.TimeoutExpired) as error:
             outcome.complain("other", f"{type(error).__name__}: {error}")
         finally:
-            outcome.injected = case.injected
+            outcome.injected, outcome.announced = case.injected, case.tap.announced
+            outcome.complain("intents", *case.tap.unannounced)
             if any(outcome.found.values()):
                 sys.stderr.write(case.cli.driver_log() + "\n")
             case.close(outcome)

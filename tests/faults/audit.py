@@ -63,8 +63,6 @@ def audit(
     if code != expected:
         outcome.complain("code", f"{code} instead of {expected} ({record.outcome}, {record.reason})")
     _launches(case, outcome)
-    outcome.complain("intents", *case.tap.unannounced)
-    outcome.announced = case.tap.announced
     _checkpoints(case, record, outcome)
     _log(case, record, outcome)
     _dollars(case, document, outcome)
