@@ -141,6 +141,7 @@ def test_s3_data_in_and_checkpoints_out(rented: Make, tmp_path: Path) -> None:
     assert (Path(fetched["path"]) / "training_state.pt").exists()
 
 
+@pytest.mark.harness
 def test_sold_out_zones_a_lost_answer_and_a_terminate_that_lies(rented: Make) -> None:
     """Two zones have no capacity, the third's answer is lost, and two accepted terminates do nothing: one node, and none left. The
     truth is read from the instances, so what exists is used and nothing is launched twice. The bill is a minute at the least."""
@@ -158,6 +159,7 @@ def test_sold_out_zones_a_lost_answer_and_a_terminate_that_lies(rented: Make) ->
     assert document["cost_usd"] >= 1.006 / 60 and document["billed_seconds"] >= 60
 
 
+@pytest.mark.harness
 def test_sold_out_everywhere(rented: Make) -> None:
     """Nothing is rented, and the exit code says so."""
     server, cli = rented()
@@ -166,7 +168,7 @@ def test_sold_out_everywhere(rented: Make) -> None:
     assert intents(server) == [] and cli.show(run)["reason"] == "no-capacity"
 
 
-@pytest.mark.parametrize("phase", ["booting", "training"])
+@pytest.mark.parametrize("phase", [pytest.param("booting", marks=pytest.mark.harness), "training"])
 def test_instance_dies(rented: Make, phase: str) -> None:
     """A lost node is replaced, and the run goes on from the last checkpoint that came home."""
     server, cli = rented()
@@ -193,6 +195,7 @@ def test_instance_dies(rented: Make, phase: str) -> None:
     assert [line["step"] for line in cli.metrics(run) if line["kind"] == "step"] == list(range(1, 301))
 
 
+@pytest.mark.harness
 def test_spot_interruption_carries_on_elsewhere(rented: Make) -> None:
     """The notice makes the trainer checkpoint and stop; the next node goes on from there."""
     server, cli = rented()

@@ -126,6 +126,7 @@ def test_capacity_in_the_third_region_only(rented: Make) -> None:
     honest(cloud, cli, run)
 
 
+@pytest.mark.harness
 def test_wait_for_capacity(rented: Make) -> None:
     """Sold out at first; `--wait` gets the node when it comes."""
     cloud, cli = rented(capacity_after=200)
@@ -156,6 +157,7 @@ def test_wrong_host_key(rented: Make) -> None:
     assert "host-key" in cli.show(run)["reason"]
 
 
+@pytest.mark.harness
 def test_host_key_accept_new(rented: Make) -> None:
     """The spec may say that the image makes its own key."""
     cloud, cli = rented(user_data_ignored=True)
@@ -196,6 +198,7 @@ def test_instance_dies(rented: Make, phase: str, how: str) -> None:
     honest(cloud, cli, run)
 
 
+@pytest.mark.harness
 def test_terminate_that_fails_five_times(rented: Make) -> None:
     """It is sent until it is accepted and confirmed."""
     cloud, cli = rented()
