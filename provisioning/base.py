@@ -11,7 +11,7 @@ ProviderError                 what happened, why, what to do now; exit_code
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -175,6 +175,24 @@ class ProviderFactory(Protocol):
     """`provisioning.open_provider`'s registry holds one of these a provider."""
 
     def __call__(self, home: Home, hardware: dict[str, object]) -> Provider: ...
+
+
+def texts(hardware: Mapping[str, object], name: str) -> list[str]:
+    """A value of the hardware section that may be a text or a list of texts, as a list."""
+    value = hardware.get(name)
+    if value is None or value == "":
+        return []
+    return (
+        [str(item) for item in value]
+        if isinstance(value, Sequence) and not isinstance(value, str)
+        else [str(value)]
+    )
+
+
+def number(hardware: Mapping[str, object], name: str) -> float | None:
+    """A number of the hardware section, or None."""
+    value = hardware.get(name)
+    return float(value) if isinstance(value, (int, float)) else None
 
 
 def utc(timestamp: float) -> datetime:

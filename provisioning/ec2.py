@@ -28,6 +28,7 @@ from provisioning.base import (
     Refused,
     Traits,
     Unavailable,
+    texts,
     utc,
 )
 from runs.facts import Inventory, Marker, NodeFacts, NodeStatus, Offer, key_of
@@ -120,9 +121,7 @@ class Ec2:
     def redacted(self, request: LaunchRequest) -> dict[str, object]:
         """See Provider. Asks nobody: what AWS has to be asked for stands in angle brackets."""
         options = request.options
-        groups = ec2_offers.texts(options, "security_group") or [
-            f"<{ec2_launch.group_name(self._home.owner)}>"
-        ]
+        groups = texts(options, "security_group") or [f"<{ec2_launch.group_name(self._home.owner)}>"]
         chosen = {"ImageId": str(options.get("image") or "<Deep Learning AMI>")}
         subnet = str(options.get("subnet") or f"<default subnet of {request.offer.region}>")
         key = ec2_launch.key_name(self._home.owner, request.public_key)
@@ -275,9 +274,7 @@ class Ec2:
             if self._known_regions is None:
                 answer = self._aws.read("ec2", "describe_regions", AllRegions=False)
                 self._known_regions = sorted(item["RegionName"] for item in answer["Regions"])
-        asked = list(
-            dict.fromkeys(ec2_offers.region_of(name) for name in ec2_offers.texts(hardware, "regions"))
-        )
+        asked = list(dict.fromkeys(ec2_offers.region_of(name) for name in texts(hardware, "regions")))
         wrong = [name for name in asked if name not in self._known_regions]
         if wrong:
             raise InvalidHardware(

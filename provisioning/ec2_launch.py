@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from provisioning.aws import Aws
-from provisioning.base import Ambiguous, LaunchRequest, Refused, Unavailable
+from provisioning.base import Ambiguous, LaunchRequest, Refused, Unavailable, texts
 from provisioning.ec2_guard import guarded
-from provisioning.ec2_offers import region_of, texts
+from provisioning.ec2_offers import region_of
 from runs.facts import Offer
 from runs.rows import MICRO
 

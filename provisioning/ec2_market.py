@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from provisioning.aws import Aws
-from provisioning.base import CredentialsError, Unavailable
-from provisioning.ec2_offers import FAMILIES, Kind, Priced, kind, on_demand, region_of, texts
+from provisioning.base import CredentialsError, Unavailable, texts
+from provisioning.ec2_offers import FAMILIES, Kind, Priced, kind, on_demand, region_of
 from runs.rows import MICRO
 
 PRICE_LIST_REGION = "us-east-1"

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from provisioning.base import InvalidHardware
+from provisioning.base import InvalidHardware, number, texts
 from runs.facts import Offer, Tariff
 from runs.rows import MICRO
 from trainer import gpus
@@ -130,8 +130,8 @@ def offers(
     `volume`: dollars a GiB-month by region. What has no price is not offered. Equal prices: the configured region first."""
     market, nodes, cap = (
         str(hardware.get("market") or "on-demand"),
-        _number(hardware, "nodes") or 1,
-        _number(hardware, "max_usd_per_hour"),
+        number(hardware, "nodes") or 1,
+        number(hardware, "max_usd_per_hour"),
     )
     size, asked = volume_gib(hardware), texts(hardware, "regions")
     found: list[Offer] = []
@@ -205,20 +205,3 @@ def on_demand(products: Iterable[Mapping[str, Any]]) -> dict[str, int]:
                 if price > 0 and dimension.get("unit", "Hrs") == "Hrs":
                     found[region] = min(price, found.get(region, price))
     return found
-
-
-def texts(hardware: Mapping[str, object], name: str) -> list[str]:
-    """A value that may be a text or a list of texts, as a list."""
-    value = hardware.get(name)
-    if value is None or value == "":
-        return []
-    return (
-        [str(item) for item in value]
-        if isinstance(value, Sequence) and not isinstance(value, str)
-        else [str(value)]
-    )
-
-
-def _number(hardware: Mapping[str, object], name: str) -> float | None:
-    value = hardware.get(name)
-    return float(value) if isinstance(value, (int, float)) else None

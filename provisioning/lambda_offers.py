@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from pydantic import ValidationError
 
-from provisioning.base import InvalidHardware
+from provisioning.base import InvalidHardware, number, texts
 from provisioning.lambda_models import InstanceType, TypeItem
 from runs.facts import Offer, Tariff
 from runs.rows import MICRO
@@ -35,9 +35,9 @@ def offers(items: Mapping[str, TypeItem], hardware: Mapping[str, object]) -> lis
     """Offers that fit the hardware section, preferred ones first: `instance_type` and `gpu` in the order of their list,
     one request's types by price, a type's regions in the order of `regions` or of the answer. Sold-out types appear with
     available=False. Raises InvalidHardware where nothing that Lambda has could ever fit."""
-    regions = _texts(hardware, "regions")
-    nodes = _number(hardware, "nodes") or 1
-    cap = _number(hardware, "max_usd_per_hour")
+    regions = texts(hardware, "regions")
+    nodes = number(hardware, "nodes") or 1
+    cap = number(hardware, "max_usd_per_hour")
     found: list[Offer] = []
     for name in _wanted(items, hardware):
         item = items[name]
@@ -77,7 +77,7 @@ def _offer(name: str, instance_type: InstanceType) -> Offer:
 
 
 def _wanted(items: Mapping[str, TypeItem], hardware: Mapping[str, object]) -> list[str]:
-    names, requests = _texts(hardware, "instance_type"), _texts(hardware, "gpu")
+    names, requests = texts(hardware, "instance_type"), texts(hardware, "gpu")
     by_price = sorted(items, key=lambda name: (items[name].instance_type.micro_usd_per_hour, name))
     if not names and not requests:
         return by_price
@@ -122,19 +122,3 @@ def _is(request: str, instance_type: InstanceType) -> bool:
         match = re.match(r"\s*([\w ]+?)\s*(?:\((\d+)\s*GB.*)?$", key)
         key = (match[1].replace(" ", "") + (f"-{match[2]}GB" if match[2] else "")) if match else key
     return gpus.matches(request, key, instance_type.specs.gpus)
-
-
-def _texts(hardware: Mapping[str, object], name: str) -> list[str]:
-    value = hardware.get(name)
-    if value is None or value == "":
-        return []
-    return (
-        [str(item) for item in value]
-        if isinstance(value, Sequence) and not isinstance(value, str)
-        else [str(value)]
-    )
-
-
-def _number(hardware: Mapping[str, object], name: str) -> float | None:
-    value = hardware.get(name)
-    return float(value) if isinstance(value, (int, float)) else None
