@@ -73,7 +73,7 @@ def guard_files(guard: SelfTerminate) -> list[dict[str, str]]:
         (f"{GUARD_DIRECTORY}/settings.json", "0600", json.dumps(settings)),
         (f"{GUARD_DIRECTORY}/guard.py", "0700", GUARD),
         (f"{_UNITS}/llmctl-guard.service", "0644", _SERVICE),
-        (f"{_UNITS}/llmctl-guard.timer", "0644", _TIMER),
+        (f"{_UNITS}/llmctl-guard.timer", "0644", TIMER),
     ]
     return [
         {"path": path, "permissions": mode, "owner": "root:root", "content": content}
@@ -95,7 +95,7 @@ TimeoutStartSec=300
 """
 
 # Every minute, also after a reboot: the lease may be over before the network is up.
-_TIMER = """\
+TIMER = """\
 [Unit]
 Description=Look at the llmctl lease every minute
 

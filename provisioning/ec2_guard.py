@@ -12,7 +12,7 @@ import json
 from datetime import datetime
 
 from provisioning.base import InvalidHardware
-from provisioning.cloudinit import HEADER, user_data
+from provisioning.cloudinit import HEADER, TIMER, user_data
 
 DIRECTORY = "/var/lib/llmctl-lease"
 LARGEST_BYTES = 16_384
@@ -28,7 +28,7 @@ def guarded(host_private_key: str | None, host_public_key: str | None, lease_end
         (f"{DIRECTORY}/lease.json", "0600", json.dumps({"lease_end": int(lease_end.timestamp())})),
         (f"{DIRECTORY}/guard.py", "0700", GUARD),
         (f"{_UNITS}/llmctl-lease.service", "0644", _SERVICE),
-        (f"{_UNITS}/llmctl-lease.timer", "0644", _TIMER),
+        (f"{_UNITS}/llmctl-lease.timer", "0644", TIMER),
     ]
     config["write_files"] = [
         {"path": path, "permissions": mode, "owner": "root:root", "content": content}
@@ -53,20 +53,6 @@ Description=End this machine when its llmctl lease is over
 Type=oneshot
 ExecStart=/usr/bin/python3 {DIRECTORY}/guard.py
 TimeoutStartSec=60
-"""
-
-# Enabled, so that a reboot arms it again.
-_TIMER = """\
-[Unit]
-Description=Look at the llmctl lease every minute
-
-[Timer]
-OnBootSec=60
-OnUnitActiveSec=60
-AccuracySec=5
-
-[Install]
-WantedBy=timers.target
 """
 
 GUARD = '''\
