@@ -35,6 +35,7 @@ def test_version(text: str, expected: tuple[int, int, int] | None) -> None:
 def test_old_rsync_gets_old_flags_only() -> None:
     known = {
         "-L",
+        "-I",
         "-t",
         "--from0",
         "--files-from=-",
