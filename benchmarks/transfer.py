@@ -23,9 +23,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from orchestrator import openssh, rsync, transfer
-from orchestrator.remote import Remote
-from orchestrator.stream import follow
+from orchestrator.remote import openssh, rsync, transfer
+from orchestrator.remote.node import Remote
+from orchestrator.remote.stream import follow
 from tests.nodes import Node, local, real_sshd, stop_master
 
 PROXY = (

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(words: Sequence[str], *, debug: bool) -> Any:
     """The command's exit code, or None."""
     if plain_status(words):
-        from orchestrator import show
+        from orchestrator.actions import show
 
         return show.print_status(words[1] if words[1:2] and not words[1].startswith("-") else None)
     from orchestrator.app import app

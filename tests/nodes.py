@@ -25,8 +25,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator import openssh
-from orchestrator.remote import Address, Remote
+from orchestrator.remote import openssh
+from orchestrator.remote.node import Address, Remote
 from provisioning import keys, local_node
 
 KEY = "llmctl-test-ab12-a1-n0"

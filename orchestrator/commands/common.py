@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
+from orchestrator.actions.show import find as find_run
+from orchestrator.actions.show import print_json
 from orchestrator.errors import Usage
-from orchestrator.show import find as find_run
-from orchestrator.show import print_json
 from runs.store import Store, default_home
 
 

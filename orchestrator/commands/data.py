@@ -48,7 +48,7 @@ def prepare(
     output: Output = Form.TEXT,
 ) -> None:
     """Tokenise text into shards with checksums. A second call on the same sources does nothing."""
-    from orchestrator import shelves
+    from orchestrator.render import data as shelves
 
     recipe = shelves.recipe(tokenizer, shard_tokens, validation, column)
     document = shelves.prepare(sources, to, recipe)
@@ -65,7 +65,7 @@ def verify(
     output: Output = Form.TEXT,
 ) -> int:
     """Read every shard of a folder and compare it with its manifest. Exit code 7 where one is not whole."""
-    from orchestrator import shelves
+    from orchestrator.render import data as shelves
 
     document = shelves.verify(folder)
     answer(document, as_json=machine(as_json, output), human=lambda: shelves.say_verified(document))
@@ -80,7 +80,7 @@ def push(
     output: Output = Form.TEXT,
 ) -> None:
     """Upload a folder of shards to S3, only what has changed. A push that broke goes on where it was."""
-    from orchestrator import shelves
+    from orchestrator.render import data as shelves
 
     document = shelves.push(folder, to)
     answer(document, as_json=machine(as_json, output), human=lambda: shelves.say_pushed(document))
@@ -88,7 +88,7 @@ def push(
 
 def listing(folder: Folder, *, as_json: Json = False, output: Output = Form.TEXT) -> None:
     """List the shards of a folder: tokens, bytes, checksum."""
-    from orchestrator import shelves
+    from orchestrator.render import data as shelves
 
     document = shelves.listing(folder)
     answer(document, as_json=machine(as_json, output), human=lambda: shelves.say_listing(document))

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from orchestrator.actions.show import find as find_run
+from orchestrator.actions.show import find_record
 from orchestrator.commands.common import (
     AnyRun,
     Form,
@@ -23,8 +25,6 @@ from orchestrator.commands.common import (
     open_store,
     tell,
 )
-from orchestrator.show import find as find_run
-from orchestrator.show import find_record
 
 PANEL = "Finish"
 
@@ -56,8 +56,8 @@ def stop(
     output: Output = Form.TEXT,
 ) -> int:
     """Checkpoint, collect and release a run. Ends when the provider confirms that its nodes are gone."""
-    from orchestrator import ending
     from orchestrator.clock import SystemClock
+    from orchestrator.following import ending
 
     store = open_store()
     record = find_record(store, run)
@@ -75,8 +75,9 @@ def extend(
     output: Output = Form.TEXT,
 ) -> None:
     """Raise the limits of a living run: its budget, its lease, and the node's own deadline."""
-    from orchestrator import ending, requests
+    from orchestrator.actions import requests
     from orchestrator.clock import SystemClock
+    from orchestrator.following import ending
 
     store = open_store()
     record = find_record(store, run)
@@ -100,7 +101,7 @@ def fetch_checkpoint(
     output: Output = Form.TEXT,
 ) -> None:
     """Bring a verified checkpoint here. What is here already moves no bytes; a broken transfer is carried on."""
-    from orchestrator import ending
+    from orchestrator.following import ending
 
     store = open_store()
     record = find_record(store, run)
@@ -119,7 +120,7 @@ def ssh(
     ] = None,
 ) -> int:
     """Log in to a run's first node, with its own key and pinned host key."""
-    from orchestrator import login
+    from orchestrator.actions import login
 
     store = open_store()
     return login.login(store, find_record(store, run), command or [])
@@ -127,7 +128,8 @@ def ssh(
 
 def rm(run: Run, *, yes: Yes = False, as_json: Json = False, output: Output = Form.TEXT) -> None:
     """Remove a finished run and its files from this machine. Refuses while anything bills, and keeps the charges."""
-    from orchestrator import ending, requests
+    from orchestrator.actions import requests
+    from orchestrator.following import ending
 
     store = open_store()
     chosen = find_run(store, run)
@@ -146,9 +148,9 @@ def reap(
     output: Output = Form.TEXT,
 ) -> int:
     """Find nodes at every provider that no live run has, or that are past their lease; end them, and see that they end."""
-    from orchestrator import reap as reaping
-    from orchestrator import render_doctor
+    from orchestrator.actions import reap as reaping
     from orchestrator.clock import SystemClock
+    from orchestrator.render import doctor as render_doctor
 
     store, clock = open_store(), SystemClock()
     found = reaping.find(store, clock, foreign=foreign)

@@ -18,7 +18,7 @@ def register(app: typer.Typer) -> None:
 
 def driver(run: str, *, force: Annotated[bool, typer.Option("--force")] = False) -> int:
     """Drive RUN until nothing is left to do."""
-    from orchestrator import driver_main
+    from orchestrator.driver import main as driver_main
 
     return driver_main.main(default_home(), run, force=force)
 

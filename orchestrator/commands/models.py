@@ -117,8 +117,9 @@ def sample(
     output: Output = Form.TEXT,
 ) -> None:
     """Continue prompts with models that are here, or talk to one. Needs torch on this machine."""
-    from orchestrator import render_models, sampling
-    from orchestrator.models import Drawing
+    from orchestrator.models import sampling
+    from orchestrator.models.load import Drawing
+    from orchestrator.render import models as render_models
 
     quiet = machine(as_json, output)
     ask = sampling.Ask(
@@ -173,7 +174,9 @@ def evaluate(
     output: Output = Form.TEXT,
 ) -> None:
     """Measure the loss of a model on named test sets, and HellaSwag. A run's results go into its record."""
-    from orchestrator import measuring, modelling, render_models
+    from orchestrator.models import measuring
+    from orchestrator.models import names as modelling
+    from orchestrator.render import models as render_models
 
     store = open_store()
     ask = measuring.Ask(
@@ -221,8 +224,10 @@ def judge(
     output: Output = Form.TEXT,
 ) -> None:
     """Let all models answer, and a language model grade the answers side by side. Costs money at the endpoint."""
-    from orchestrator import judging, modelling, render_models
-    from orchestrator.judge import Endpoint
+    from orchestrator.models import judging
+    from orchestrator.models import names as modelling
+    from orchestrator.models.judge import Endpoint
+    from orchestrator.render import models as render_models
 
     endpoint = Endpoint(
         base_url, name, key_variable, usd_per_million_input=input_usd, usd_per_million_output=output_usd,
@@ -256,7 +261,8 @@ def export(
     output: Output = Form.TEXT,
 ) -> None:
     """Write a checkpoint as a folder that transformers loads: weights, configuration, tokenizer, model card."""
-    from orchestrator import modelling, render_models
+    from orchestrator.models import names as modelling
+    from orchestrator.render import models as render_models
 
     del form
     store = open_store()

@@ -89,7 +89,8 @@ def compare(
     output: Output = Form.TEXT,
 ) -> None:
     """Put loss beside cost for every run. Losses on different sets are never ranked together."""
-    from orchestrator import comparing, render_compare
+    from orchestrator.actions import comparing
+    from orchestrator.render import compare as render_compare
 
     store = open_store()
     ask = comparing.Ask(
@@ -109,7 +110,7 @@ def compare(
     table = comparing.table(store, ask, bare=quiet)
     render_compare.say(table, "json" if quiet else form.value)
     if plot and not quiet:
-        from orchestrator import render_plot
+        from orchestrator.render import plot as render_plot
 
         render_plot.plot(store, table, over.value)
 
@@ -127,7 +128,8 @@ def report(
     output: Output = Form.TEXT,
 ) -> None:
     """Write one self-contained HTML page: table, curves, loss against dollars, dollars by phase, each run in full."""
-    from orchestrator import comparing, render_compare
+    from orchestrator.actions import comparing
+    from orchestrator.render import compare as render_compare
 
     store = open_store()
     document = comparing.report(store, find_all(store, runs), to, published=published)

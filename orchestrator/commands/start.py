@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from orchestrator.actions.show import find_record
 from orchestrator.commands.common import (
     Assignments,
     Form,
@@ -23,7 +24,6 @@ from orchestrator.commands.common import (
     open_store,
     tell,
 )
-from orchestrator.show import find_record
 
 PANEL = "Begin"
 Spec = Annotated[Path, typer.Argument(metavar="SPEC", help="A run.yaml.", show_default=False)]
@@ -57,7 +57,7 @@ def init(
     output: Output = Form.TEXT,
 ) -> None:
     """Write a commented run.yaml from a shipped recipe."""
-    from orchestrator import begin
+    from orchestrator.following import begin
 
     begin.write_recipe(file, recipe, force=force)
     document = {"path": str(file), "recipe": recipe}
@@ -66,8 +66,8 @@ def init(
 
 def doctor(*, as_json: Json = False, output: Output = Form.TEXT) -> int:
     """Check this machine and each configured provider; for every fault, what it means and what to type."""
-    from orchestrator import doctor as examine
-    from orchestrator import render_doctor
+    from orchestrator.actions import doctor as examine
+    from orchestrator.render import doctor as render_doctor
 
     checks = examine.examine()
     document = examine.document(checks)
@@ -91,7 +91,8 @@ def offers(
     output: Output = Form.TEXT,
 ) -> None:
     """List live offers: price per hour and per GPU-hour, regions with capacity; with a SPEC also hours and dollars."""
-    from orchestrator import market, render_plan
+    from orchestrator.actions import market
+    from orchestrator.render import plan as render_plan
 
     found = market.listing(open_store(), spec, gpu=gpu, everything=everything)
     answer(found.document(), as_json=machine(as_json, output), human=lambda: render_plan.offers(found))
@@ -101,8 +102,8 @@ def plan(
     spec: Spec, *, assignments: Assignments = None, as_json: Json = False, output: Output = Form.TEXT
 ) -> int:
     """Validate a spec, choose an offer and predict memory, speed, hours and dollars. Changes nothing."""
-    from orchestrator import plan as planning
-    from orchestrator import render_plan
+    from orchestrator.actions import plan as planning
+    from orchestrator.render import plan as render_plan
 
     store = planning.quiet_store()
     made = planning.make(store, planning.read(spec, assignments or []))
@@ -125,15 +126,17 @@ def launch(
     output: Output = Form.TEXT,
 ) -> int:
     """Create the run, start its driver, and follow it. Ctrl-C stops following; the run goes on."""
-    from orchestrator import begin
-    from orchestrator import plan as planning
+    from orchestrator.actions import plan as planning
+    from orchestrator.actions.limits import Limits
     from orchestrator.clock import SystemClock
+    from orchestrator.following import begin
 
     machine_reads = machine(as_json, output)
     wanted = planning.read(spec, assignments or [])
-    limits = begin.Limits.read(wait, max_usd)
+    limits = Limits.read(wait, max_usd)
     if dry_run:
-        from orchestrator import dryrun, render_plan
+        from orchestrator.actions import dryrun
+        from orchestrator.render import plan as render_plan
 
         rehearsal = dryrun.rehearse(wanted, limits)
         answer(rehearsal.document(), as_json=machine_reads, human=lambda: render_plan.rehearsal(rehearsal))
@@ -168,12 +171,14 @@ def resume(
     output: Output = Form.TEXT,
 ) -> int:
     """Carry a run on: with a live driver only follow it, else re-attach to its node, or take a new one."""
-    from orchestrator import begin, requests
+    from orchestrator.actions import requests
+    from orchestrator.actions.limits import Limits
     from orchestrator.clock import SystemClock
+    from orchestrator.following import begin
 
     store = open_store()
     record = find_record(store, run)
-    limits = begin.Limits.read(wait, max_usd)
+    limits = Limits.read(wait, max_usd)
     requests.resume(store, record, SystemClock(), max_usd=limits.max_usd, wait_seconds=limits.wait_seconds)
     if detach:
         begin.wait_for_driver(store.home, record.run, SystemClock())

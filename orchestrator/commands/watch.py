@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from orchestrator.actions.show import find as find_run
+from orchestrator.actions.show import find_record, print_json
 from orchestrator.commands.common import (
     AnyRun,
     Form,
@@ -16,8 +18,6 @@ from orchestrator.commands.common import (
     machine,
     open_store,
 )
-from orchestrator.show import find as find_run
-from orchestrator.show import find_record, print_json
 
 PANEL = "Watch"
 
@@ -38,16 +38,16 @@ def status(
     output: Output = Form.TEXT,
 ) -> None:
     """Show every run and every node that bills, with dollars so far. Reads the store alone, unless told to refresh."""
-    from orchestrator import show as documents
+    from orchestrator.actions import show as documents
 
     store = open_store()
     if refresh:
-        from orchestrator import inventory
+        from orchestrator.actions import inventory
 
         inventory.refresh(store)
     chosen = find_run(store, run) if run is not None else None
     if watch and not machine(as_json, output):
-        from orchestrator import render_watch
+        from orchestrator.render import watch as render_watch
 
         render_watch.watch(store, chosen)
         return
@@ -55,7 +55,7 @@ def status(
     if machine(as_json, output):
         print_json(rows)
         return
-    from orchestrator import render_status
+    from orchestrator.render import status as render_status
     from runs.store import utcnow
 
     render_status.status(rows, age_seconds=documents.inventory_age(store, utcnow()))
@@ -75,8 +75,8 @@ def tail(
     output: Output = Form.TEXT,
 ) -> int:
     """Print a run's log from its start, then follow it. With --json: the lines of metrics.jsonl."""
-    from orchestrator import tailing
     from orchestrator.clock import SystemClock
+    from orchestrator.following import tailing
 
     store = open_store()
     chosen = find_run(store, run)
@@ -87,8 +87,8 @@ def tail(
 
 def show(run: AnyRun = None, *, as_json: Json = False, output: Output = Form.TEXT) -> None:
     """Show the whole record of a run: spec, hardware, attempts, timeline, charges by phase, checkpoints, events."""
-    from orchestrator import render_show
-    from orchestrator import show as documents
+    from orchestrator.actions import show as documents
+    from orchestrator.render import show as render_show
     from runs.store import utcnow
 
     store = open_store()

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator import evaluation
-from orchestrator.models import Drawing, complete, open_model
+from orchestrator.models import evaluation
+from orchestrator.models.load import Drawing, complete, open_model
 from tests import tiny_models
 from tests.cli import Cli
 from tests.unit.test_judge import completion, stub  # noqa: F401

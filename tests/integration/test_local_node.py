@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from orchestrator.remote import CommandFailed, LoginRefused, Remote
+from orchestrator.remote.node import CommandFailed, LoginRefused, Remote
 from provisioning import keys, local_node
 from tests.nodes import KEY, Node, accounts, local, node, processes, until
 
@@ -93,7 +93,7 @@ def test_no_byte_of_input_is_lost(node: Node, size: int) -> None:
 
 @pytest.mark.skipif(shutil.which("ssh") is None, reason="no OpenSSH client")
 def test_openssh_client_and_terminal(node: Node) -> None:
-    from orchestrator import openssh
+    from orchestrator.remote import openssh
 
     carrier = openssh.Carrier(node.address)
     carrier.ensure()

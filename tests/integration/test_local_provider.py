@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.connection import Address
-from orchestrator.remote import Remote, RemoteError
+from orchestrator.remote.connection import Address
+from orchestrator.remote.node import Remote, RemoteError
 from provisioning import keys, local, open_provider, provider_names
 from provisioning.base import Home, InvalidHardware, LaunchRequest, NoCapacity, Provider, Refused
 from runs.facts import Marker, NodeFacts

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import connection, session
-from orchestrator.remote import (
+from orchestrator.remote import connection, session
+from orchestrator.remote.node import (
     CommandFailed,
     CommandTimeout,
     ConnectionLost,

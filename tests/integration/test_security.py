@@ -15,9 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from orchestrator import collect
-from orchestrator.connection import RemoteError
-from orchestrator.transfer import TransferError
+from orchestrator.remote.connection import RemoteError
+from orchestrator.remote.transfer import TransferError
+from orchestrator.site import collect
 from runs.record import CheckpointRecord
 from tests.cli import Cli, spec
 from tests.nodes import Node, node  # noqa: F401

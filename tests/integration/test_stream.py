@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import stream
-from orchestrator.remote import CommandFailed, NodeUnreachable
-from orchestrator.stream import follow
+from orchestrator.remote import stream
+from orchestrator.remote.node import CommandFailed, NodeUnreachable
+from orchestrator.remote.stream import follow
 from tests.nodes import Node, Proxy, any_node, node, processes, until
 
 __all__ = ["any_node", "node"]

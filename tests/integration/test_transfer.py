@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from orchestrator import kit as kits
-from orchestrator import lanes, openssh, pieces, rsync, transfer
-from orchestrator.kit import Kit
-from orchestrator.remote import ConnectionLost, NodeUnreachable, NoSuchFile, Remote
+from orchestrator.remote import kit as kits
+from orchestrator.remote import lanes, openssh, pieces, rsync, transfer
+from orchestrator.remote.kit import Kit
+from orchestrator.remote.node import ConnectionLost, NodeUnreachable, NoSuchFile, Remote
 from tests.nodes import Node, Proxy, any_node, local, node, stop_master
 
 __all__ = ["any_node", "node"]

@@ -14,8 +14,12 @@ class Bug:
     seen_by: tuple[str, ...]
 
 
-LIFE, EFFECTS, VERDICT = "orchestrator/life.py", "orchestrator/effects.py", "orchestrator/verdict.py"
-WORLD, TERMS = "orchestrator/world.py", "orchestrator/terms.py"
+LIFE, EFFECTS, VERDICT = (
+    "orchestrator/life/rules.py",
+    "orchestrator/life/effects.py",
+    "orchestrator/life/verdict.py",
+)
+WORLD, TERMS = "orchestrator/life/world.py", "orchestrator/life/terms.py"
 FOLD, CHARGES, STORE, LOCK = "runs/fold.py", "runs/charges.py", "runs/store.py", "runs/lock.py"
 TEST_LIFE, TEST_EFFECTS = "tests/unit/test_life.py", "tests/unit/test_effects.py"
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from orchestrator import world as w
-from orchestrator.life import decide
+from orchestrator.life import world as w
+from orchestrator.life.rules import decide
 from provisioning.base import Traits
 from runs import events as e
 from runs.facts import Inventory, Marker, NodeFacts, NodeStatus, Offer, Tariff

@@ -9,9 +9,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from orchestrator import world as w
-from orchestrator.driver import Driver
-from orchestrator.effects import Hands
+from orchestrator.driver.loop import Driver
+from orchestrator.life import world as w
+from orchestrator.life.effects import Hands
 from provisioning.base import LaunchRequest
 from runs import events as e
 from runs.facts import Marker, Offer

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from orchestrator.effects import SiteView
-from orchestrator.world import Contact, Job, TrainerView
+from orchestrator.life.effects import SiteView
+from orchestrator.life.world import Contact, Job, TrainerView
 from runs import events as e
 from runs.record import NodeRecord, RunRecord
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from orchestrator import world as w
+from orchestrator.life import world as w
 from runs import charges
 from runs import events as e
 from runs.facts import run_of

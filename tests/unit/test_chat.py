@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator import chat, judge
-from orchestrator.chat import Turn, respond, template_of
 from orchestrator.errors import Invalid, Usage
-from orchestrator.models import Drawing, Opened, open_model
+from orchestrator.models import chat, judge
+from orchestrator.models.chat import Turn, respond, template_of
+from orchestrator.models.load import Drawing, Opened, open_model
 from tests.unit.test_models import MODEL, one_thread, write  # noqa: F401
 from trainer.config import Tuned
 

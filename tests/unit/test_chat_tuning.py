@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import chat, tuning
-from orchestrator.dataerrors import DataError
+from orchestrator.data.errors import DataError
 from orchestrator.errors import Invalid
-from orchestrator.models import open_model
+from orchestrator.models import chat, tuning
+from orchestrator.models.load import open_model
 from tests.unit.test_models import MODEL, one_thread, write  # noqa: F401
 from trainer.after import finetune
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import data, sources, texts
-from orchestrator.dataerrors import DataError
-from orchestrator.hub import HubFile, Listing
+from orchestrator.data import prepare as data
+from orchestrator.data import sources, texts
+from orchestrator.data.errors import DataError
+from orchestrator.data.hub import HubFile, Listing
 from trainer import shards, tokenize
 from trainer.config import DataConfig
 

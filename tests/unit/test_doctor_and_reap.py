@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import doctor
-from orchestrator.reap import Found, Orphan, orphan
+from orchestrator.actions import doctor
+from orchestrator.actions.reap import Found, Orphan, orphan
 from provisioning.base import Check, CredentialsError, Unavailable
 from runs import events as e
 from runs.facts import NodeFacts

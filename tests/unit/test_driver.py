@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from orchestrator.clock import SystemClock
-from orchestrator.driver import driver_alive, take_over
+from orchestrator.driver.loop import driver_alive, take_over
 from runs import events as e
 from runs.lock import ProcessId, boot_id
 from runs.store import Store

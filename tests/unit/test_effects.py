@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator import world as w
-from orchestrator.effects import Hands, SiteView, plain
+from orchestrator.life import world as w
+from orchestrator.life.effects import Hands, SiteView, plain
 from provisioning.base import (
     Ambiguous,
     CredentialsError,

@@ -10,11 +10,18 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from orchestrator import evaluation
-from orchestrator.dataerrors import DataError
+from orchestrator.data.errors import DataError
 from orchestrator.errors import Invalid
-from orchestrator.evaluation import Choice, evaluate_slice, hellaswag, hellaswag_items, score, slice_name
-from orchestrator.models import Opened, open_model
+from orchestrator.models import evaluation
+from orchestrator.models.evaluation import (
+    Choice,
+    evaluate_slice,
+    hellaswag,
+    hellaswag_items,
+    score,
+    slice_name,
+)
+from orchestrator.models.load import Opened, open_model
 from tests.unit.test_models import BPE, MODEL, gpt2_vocabulary, one_thread, write  # noqa: F401
 from trainer import tokenize
 from trainer.config import ModelConfig, TestSet

@@ -11,8 +11,8 @@ import torch
 import transformers
 
 from orchestrator.errors import Invalid
-from orchestrator.export import card, export, push
-from orchestrator.models import open_model
+from orchestrator.models.export import card, export, push
+from orchestrator.models.load import open_model
 from tests.unit.test_models import MODEL, gpt2_vocabulary, one_thread, theirs, write  # noqa: F401
 from trainer.config import ModelConfig
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from orchestrator.journal import Journal
-from orchestrator.mirror import Mirror, bases
+from orchestrator.remote.mirror import Mirror, bases
+from orchestrator.site.journal import Journal
 
 
 def line(kind: str, step: int, time: float, **more: Any) -> bytes:

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from orchestrator import judge_prompt, judge_table
 from orchestrator.errors import Usage
-from orchestrator.judge import Endpoint, JudgeError, Question, judge
-from orchestrator.judge_client import _retry_after, micro_usd
-from orchestrator.judge_file import Lines
+from orchestrator.models import judge_prompt, judge_table
+from orchestrator.models.judge import Endpoint, JudgeError, Question, judge
+from orchestrator.models.judge_client import _retry_after, micro_usd
+from orchestrator.models.judge_file import Lines
 
 QUESTIONS = [Question(f"q{i}", f"Task {i}", reference=f"answer {i}") for i in range(4)]
 WORTH = {"good": 90, "fair": 60, "poor": 15}

@@ -7,8 +7,9 @@ from datetime import timedelta
 
 import pytest
 
-from orchestrator import life, terms
-from orchestrator import world as w
+from orchestrator.life import rules as life
+from orchestrator.life import terms
+from orchestrator.life import world as w
 from runs import events as e
 from tests.simulation.builders import KEY, OFFER, OTHER, RUN, Story, absences, at, offers
 

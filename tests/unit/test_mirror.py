@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import mirror
-from orchestrator.journal import Journal
-from orchestrator.mirror import Mirror
+from orchestrator.remote import mirror
+from orchestrator.remote.mirror import Mirror
+from orchestrator.site.journal import Journal
 from runs.record import RunRecord
 
 

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator import cli, measuring, modelling, sampling
+from orchestrator import cli
+from orchestrator.data.shares import Shard, TestSetPlan
 from orchestrator.errors import Invalid, NoSuchRun, Usage
-from orchestrator.models import Drawing
-from orchestrator.render_models import side_by_side
-from orchestrator.shares import Shard, TestSetPlan
+from orchestrator.models import measuring, sampling
+from orchestrator.models import names as modelling
+from orchestrator.models.load import Drawing
+from orchestrator.render.models import side_by_side
 from tests import tiny_models
 from trainer.config import ConfigError, TestSet
 
@@ -195,7 +197,7 @@ def test_weights_that_are_no_numbers_are_not_recorded(
 
 
 def test_a_conversation_remembers_what_fits(seed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from orchestrator import chat
+    from orchestrator.models import chat
 
     prompts: list[str] = []
     real = chat.respond

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator import models
-from orchestrator.dataerrors import DataError, Offline
+from orchestrator.data.errors import DataError, Offline
 from orchestrator.errors import Invalid
-from orchestrator.models import Drawing, Opened, complete, locate, open_model, pieces, until
+from orchestrator.models import load as models
+from orchestrator.models.load import Drawing, Opened, complete, locate, open_model, pieces, until
 from trainer import checkpoint, tokenize
 from trainer.checkpoint import Snapshot
 from trainer.config import DataConfig, ModelConfig, TrainConfig, TrainerConfig

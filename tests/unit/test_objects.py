@@ -20,8 +20,11 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from orchestrator import collect, data, data_push, pushed, sources
-from orchestrator.dataerrors import DataError
+from orchestrator.data import prepare as data
+from orchestrator.data import push as data_push
+from orchestrator.data import sources
+from orchestrator.data.errors import DataError
+from orchestrator.site import collect, pushed
 from provisioning.base import CredentialsError, InvalidHardware, Refused
 from provisioning.objects import S3, etag_of
 from tests.aws_server import AwsServer, aws, aws_factory  # noqa: F401

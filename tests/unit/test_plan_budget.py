@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator import dryrun
-from orchestrator import plan as planning
-from orchestrator.begin import Limits
+from orchestrator.actions import dryrun
+from orchestrator.actions import plan as planning
+from orchestrator.actions.limits import Limits
 from orchestrator.errors import NoOffer, OverBudget, Usage
 from runs import spec as specs
 from runs.predict import Verdict

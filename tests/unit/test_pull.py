@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.shares import header
+from orchestrator.data.shares import header
 from trainer import pull, shards
 
 CHUNK = 64 * 1024

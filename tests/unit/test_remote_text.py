@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.remote import node_path
-from orchestrator.session import command_line
-from orchestrator.stream import sanitize
+from orchestrator.remote.node import node_path
+from orchestrator.remote.session import command_line
+from orchestrator.remote.stream import sanitize
 
 plain = st.text(st.characters(blacklist_characters="\0", blacklist_categories=("Cs",)))
 

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import figures, render_live, render_show, render_watch
+from orchestrator import figures
 from orchestrator.figures import dollars, duration, sane, spark
-from orchestrator.render import Column, fitting
-from orchestrator.render_compare import cell
+from orchestrator.render import live as render_live
+from orchestrator.render import show as render_show
+from orchestrator.render import watch as render_watch
+from orchestrator.render.compare import cell
+from orchestrator.render.text import Column, fitting
 from tests.seeds import Seed, at
 
 
@@ -108,7 +111,7 @@ def test_a_status_line_fits_and_keeps_what_matters(tmp_path: Path, columns: int)
 
 @pytest.mark.parametrize("columns", [60, 200])
 def test_a_watched_run_fits(tmp_path: Path, columns: int) -> None:
-    from orchestrator import show
+    from orchestrator.actions import show
 
     seed = Seed(tmp_path).rented().trained(step=40).logged()
     (row,) = show.status(seed.store)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import footer, show
+from orchestrator import footer
+from orchestrator.actions import show
 from runs import events as e
 from tests.seeds import Seed, at
 

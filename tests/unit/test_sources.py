@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import stamina
 
-from orchestrator import corpora, shares, sources
-from orchestrator.dataerrors import DataError, Offline
-from orchestrator.find import Found, ObjectInfo, paths, probe_head
-from orchestrator.hashes import HashCache
-from orchestrator.hub import HttpHub, HubFile, HubName, Listing
+from orchestrator.data import corpora, shares, sources
+from orchestrator.data.errors import DataError, Offline
+from orchestrator.data.find import Found, ObjectInfo, paths, probe_head
+from orchestrator.data.hashes import HashCache
+from orchestrator.data.hub import HttpHub, HubFile, HubName, Listing
 from trainer import shards
 from trainer.config import DataConfig, TestSet
 

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator import lanes, openssh, pieces, rsync, transfer
-from orchestrator.connection import Address, ConnectionLost, HostKeyMismatch
+from orchestrator.remote import lanes, openssh, pieces, rsync, transfer
+from orchestrator.remote.connection import Address, ConnectionLost, HostKeyMismatch
 
 
 @pytest.mark.parametrize(

@@ -6,5 +6,5 @@ Each script is a run of its own kind, with a config.json of its own, and writes 
     torchrun --nproc-per-node N -m trainer.after.finetune --config config.json --out DIR [--resume]
 
 `base` in the configuration is a checkpoint of ours or a GPT-2-shaped Hugging Face folder. Examples are JSON lines of token
-numbers, because the node has no tokenizer; `orchestrator.tuning` makes them from text.
+numbers, because the node has no tokenizer; `orchestrator.models.tuning` makes them from text.
 """

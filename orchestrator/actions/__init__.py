@@ -1,0 +1,1 @@
+"""What the commands do and answer with, as plain values; nothing here prints."""

@@ -1,0 +1,264 @@
+"""`plan` and `offers`: from a spec and what can be rented now to a choice and its price. Rents nothing, creates no run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator import exits
+from orchestrator.errors import NoOffer, OverBudget
+from orchestrator.figures import count, dollars, duration
+from runs.store import Store, default_home
+
+if TYPE_CHECKING:
+    from orchestrator.actions.limits import Limits
+    from orchestrator.data.sources import DataPlan
+    from provisioning.base import Provider
+    from runs.facts import Offer
+    from runs.history import Past
+    from runs.predict import Prediction, Transfer, Verdict
+    from runs.sections import RunSpec
+
+PAST_RUNS = 200
+"""Earlier runs of the provider that a prediction looks at, the newest."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would be rented, and what that would come to."""
+
+    spec: RunSpec
+    rented: bool
+    chosen: Prediction | None
+    """The first offer of the spec's hardware section that is free; the first at all where none is."""
+    others: tuple[Prediction, ...]
+    """Every other offer on which the run could be made, cheapest first."""
+    verdict: Verdict
+    max_usd: float | None
+    max_hours: float | None
+    data: DataPlan | None = None
+    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def nodes(self) -> int:
+        """Nodes of the run."""
+        return self.spec.hardware.nodes
+
+    @property
+    def exit_code(self) -> int:
+        """5 where nothing fits: no offer at all, or over the budget."""
+        return exits.NO_OFFER if self.chosen is None or self.verdict.refused else exits.OK
+
+    @property
+    def price_text(self) -> str:
+        """The price of the choice in words."""
+        if self.chosen is None:
+            return "nothing"
+        cost = self.chosen.cost_usd
+        about = f"about {dollars(cost)} in all" if cost is not None else "an unknown total"
+        limit = f", never more than {dollars(self.max_usd)}" if self.max_usd is not None else ""
+        return f"{dollars(self.chosen.offer.usd_per_hour * self.nodes)}/h, {about}{limit}"
+
+    def lines(self) -> list[str]:
+        """The plan in short."""
+        if self.chosen is None:
+            return [f"no offer of {self.spec.hardware.provider} fits the spec's hardware section"]
+        offer, told = self.chosen.offer, self.chosen
+        where = (
+            f"{offer.instance_type} in {offer.region}"
+            if self.rented
+            else f"{offer.instance_type} ({offer.description})"
+        )
+        nodes = f"{self.nodes} × " if self.nodes > 1 else ""
+        size = f"{count(told.parameters)} parameters, {count(self.spec.tokens)} tokens in {self.spec.steps} steps"
+        lines = [f"plan: {nodes}{where} at {dollars(offer.usd_per_hour * self.nodes)}/h; {size}"]
+        if told.hours is not None:
+            error = f" ± {told.error:.0%}" if told.error is not None else ""
+            lines.append(
+                f"predicted: {duration(told.hours * 3600)} and {dollars(told.cost_usd)}{error}, from {told.basis}"
+            )
+        return lines + [f"warning: {text}" for text in self.warnings]
+
+    def document(self) -> dict[str, Any]:
+        """`plan --json`."""
+        chosen = self.chosen
+        return {
+            "offer": offer_document(chosen.offer, self.nodes) if chosen else None,
+            "alternatives": [
+                {**offer_document(item.offer, self.nodes), "predicted": item.document()}
+                for item in self.others
+            ],
+            "predicted": chosen.document() if chosen else None,
+            "max_usd": self.max_usd,
+            "max_hours": self.max_hours,
+            "fits_budget": not self.verdict.refused,
+            "bytes_to_send": self.data.local_bytes if self.data else None,
+            "warnings": list(self.warnings),
+        }
+
+
+def offer_document(offer: Offer, nodes: int = 1) -> dict[str, Any]:
+    """An offer as JSON."""
+    return {
+        "provider": offer.provider, "instance_type": offer.instance_type, "region": offer.region, "gpu": offer.gpu,
+        "gpus": offer.gpus, "nodes": nodes, "usd_per_hour": offer.usd_per_hour * nodes, "available": offer.available,
+        "estimated": offer.tariff.estimated,
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read(path: Path, assignments: Sequence[str]) -> RunSpec:
+    """The spec of a file with `--set` applied. Raises SpecError."""
+    from runs import spec
+
+    return spec.load(path, list(assignments))
+
+
+def quiet_store() -> Store | None:
+    """The store where there is one: planning makes none."""
+    home = default_home()
+    return Store(home) if (home / "llmctl.db").exists() else None
+
+
+def provider_of(spec: RunSpec, store: Store | None) -> Provider:
+    """The provider that the spec names. Raises ProviderError."""
+    from provisioning import open_provider
+    from provisioning.base import Home
+
+    home = Home(store.home, store.owner) if store else Home(default_home(), "planning")
+    return open_provider(spec.hardware.provider, home, hardware(spec))
+
+
+def hardware(spec: RunSpec) -> dict[str, object]:
+    """The spec's hardware section as providers take it."""
+    from orchestrator.life import terms
+
+    return terms.hardware(spec.to_dict())
+
+
+def history(store: Store | None, provider: str) -> list[Past]:
+    """What earlier runs at the provider measured, oldest first."""
+    from runs import charges
+    from runs.history import past
+    from runs.store import utcnow
+
+    if store is None:
+        return []
+    rows = [row for row in store.summaries() if row["provider"] == provider and row["tokens_per_second"]]
+    found = []
+    for row in reversed(rows[:PAST_RUNS]):
+        record = store.record(row["run"])
+        if record is not None:
+            seconds = charges.totals(record, record.ended_at or utcnow()).seconds_by_phase
+            item = past({**row, "seconds_by_phase": seconds}, record.spec)
+            found += [item] if item is not None else []
+    return found
+
+
+def data_plan(spec: RunSpec, home: Path) -> tuple[DataPlan | None, list[str]]:
+    """The files that the run reads, as far as that can be said without the network; and what could not be looked at.
+
+    Raises DataError for data that cannot serve.
+    """
+    from orchestrator.data import sources
+    from orchestrator.data.buckets import objects_for
+    from orchestrator.data.errors import Offline
+    from orchestrator.progress import bar
+
+    try:
+        with bar() as progress:
+            data = sources.resolve_spec(
+                spec.trainer_config(),
+                cache=home / "cache",
+                objects=objects_for(spec.trainer_config()),
+                pinned=False,
+                progress=progress,
+            )
+    except Offline as error:
+        return None, [f"the data could not be looked at: {error}"]
+    return data, list(data.warnings)
+
+
+# ---------------------------------------------------------------- planning
+
+
+def make(store: Store | None, spec: RunSpec, limits: Limits | None = None) -> Plan:
+    """Ask for offers and predict the run on each. Raises ProviderError, ConfigError, DataError."""
+    from runs import predict
+
+    provider = provider_of(spec, store)
+    wanted = provider.offers(hardware(spec))
+    data, warnings = data_plan(spec, store.home if store else default_home())
+    sent = transfer(data, provider.traits.rented)
+    evidence = history(store, spec.hardware.provider)
+    free = [offer for offer in wanted if offer.available]
+    choice = next(iter(free or wanted), None)
+    chosen = predict.predict(spec, choice, evidence, sent) if choice is not None else None
+    everything = [*wanted, *(provider.offers({}) if provider.traits.rented else [])]
+    others = [predict.predict(spec, offer, evidence, sent) for offer in distinct(spec, everything, choice)]
+    limit = limits.max_usd if limits and limits.max_usd is not None else spec.budget.max_usd
+    verdict = (
+        predict.verdict(chosen, limit, spec.budget.max_hours) if chosen else predict.Verdict(refused=True)
+    )
+    said = (*warnings, *_warnings(chosen), *verdict.reasons)
+    return Plan(spec, provider.traits.rented, chosen, tuple(predict.rank(others)), verdict, limit, spec.budget.max_hours,
+                data, said)  # fmt: skip
+
+
+def distinct(spec: RunSpec, offers: Iterable[Offer], besides: Offer | None = None) -> list[Offer]:
+    """One offer of each instance type on which the run could be made, a free one before one that is sold out."""
+    from runs import predict
+
+    found: dict[str, Offer] = {}
+    for offer in predict.fitting(spec, list(offers)):
+        if spec.train.device == "cuda" and not offer.gpus:
+            continue
+        if besides is not None and offer.instance_type == besides.instance_type:
+            continue
+        if offer.instance_type not in found or (offer.available and not found[offer.instance_type].available):
+            found[offer.instance_type] = offer
+    return list(found.values())
+
+
+def transfer(data: DataPlan | None, rented: bool) -> Transfer:
+    """What this machine sends, and how fast."""
+    from runs.predict import Transfer
+
+    if data is None:
+        return Transfer() if rented else Transfer(bytes_per_second=200e6)
+    first = sum(
+        item.bytes or 0 for item in data.shards if item.node_name in data.first and item.path is not None
+    )
+    # To a node on this machine or in this room bytes cost next to nothing; 20 Mbit/s is a home's uplink.
+    return Transfer(data.local_bytes, first, 2.5e6 if rented else 200e6)
+
+
+def _warnings(chosen: Prediction | None) -> list[str]:
+    if chosen is None:
+        return []
+    said = []
+    if not chosen.offer.available:
+        said.append("nothing of this is free now; `--wait 6h` waits for capacity")
+    if chosen.offer.tariff.estimated:
+        said.append("the price is from a dated list, not from the provider just now")
+    if chosen.fits is False:
+        said.append("the model is predicted not to fit into the GPU's memory")
+    return said
+
+
+def refuse(plan: Plan) -> None:
+    """Raise where launching could only lose money: nothing fits the spec, or the run cannot fit the budget."""
+    if plan.chosen is None:
+        raise NoOffer(
+            f"no offer of {plan.spec.hardware.provider} fits the spec's hardware section",
+            "`llmctl offers --all` shows what there is",
+        )
+    if plan.verdict.refused:
+        raise OverBudget(
+            "the run will not fit its budget: " + "; ".join(plan.verdict.reasons),
+            "train fewer tokens, take a cheaper offer (`llmctl offers SPEC`), or raise budget.max_usd or --max-usd",
+        )

@@ -1,0 +1,1 @@
+"""The background process that carries a run on: observe, decide, perform."""

@@ -1,0 +1,164 @@
+"""The driver: observe, decide, perform, until nothing is left to do. Always a detached process of its own.
+
+It may be killed between any two instructions: what it had committed is where the next one carries on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from orchestrator.clock import Clock
+from orchestrator.life import world as w
+from orchestrator.life.effects import Hands
+from orchestrator.life.rules import decide
+from runs import events as e
+from runs.lock import Lock, ProcessId, driver_lock
+from runs.record import RunRecord
+from runs.store import StaleEpoch, Store, run_dir
+
+MAX_ERRORS = 50
+"""Unexpected errors in a row before a driver gives up (with half a minute between them: about twenty minutes)."""
+TICK_SECONDS = 0.5
+"""The longest nap: other processes leave their requests in the store, which cannot wake us."""
+
+
+@dataclass
+class Driver:
+    """One run's driver. `step` is also what the simulation runs."""
+
+    run: str
+    hands: Hands
+    after: list[Callable[[RunRecord], None]] = field(default_factory=list)
+    """Called with the record after each observation: wandb, notifications."""
+
+    def step(self) -> w.Effect | w.Wait | w.Done:
+        """Observe, decide, perform one effect. Raises StaleEpoch where another driver took over."""
+        hands = self.hands
+        record = self._record()
+        view = hands.site.observe(record)
+        if view.events:
+            hands.commit(*view.events)
+            record = self._record()
+        for tell in self.after:
+            tell(record)
+        answer = decide(record, hands.sight.world(hands.provider, view), hands.clock.now())
+        if not isinstance(answer, w.Wait | w.Done):
+            hands.perform(answer, record)
+        return answer
+
+    def _record(self) -> RunRecord:
+        record = self.hands.store.record(self.run)
+        if record is None:
+            raise StaleEpoch(f"{self.run} was removed")
+        return record
+
+
+def drive(
+    driver: Driver, wake: threading.Event, log: Callable[[str], None], heartbeat: Callable[[str], None]
+) -> None:
+    """Step until the run is done. An unexpected error is logged and tried again: a driver that dies leaves a bill behind."""
+    clock, errors, last = driver.hands.clock, 0, ""
+    while True:
+        wake.clear()
+        try:
+            answer = driver.step()
+            errors = 0
+        except StaleEpoch as error:
+            log(f"ending: {error}")
+            return
+        except Exception:
+            errors += 1
+            log(traceback.format_exc())
+            if errors >= MAX_ERRORS:
+                raise
+            clock.wait(wake, min(30.0, 0.5 * 2**errors))
+            continue
+        if isinstance(answer, w.Done):
+            log("done")
+            return
+        if isinstance(answer, w.Wait):
+            heartbeat(answer.why)
+            clock.wait(wake, min(answer.seconds, TICK_SECONDS))
+            continue
+        if repr(answer) != last:
+            log(repr(answer))
+        last = repr(answer)
+
+
+def take_over(store: Store, run: str, clock: Clock, *, force: bool = False) -> tuple[Lock, int] | None:
+    """Become the driver of `run`: the lock, then a new epoch, then the end of a process that still believes it drives.
+
+    None where a living driver has the lock (with `force` it is ended first).
+    """
+    lock = Lock(driver_lock(run_dir(store.home, run)))
+    record = store.record(run)
+    assert record is not None
+    old = ProcessId(record.driver_pid or 0, record.driver_start_time, record.driver_boot_id)
+    if force and old.pid != os.getpid():
+        old.end()
+    if not lock.acquire(patience=5.0 if force else 0.5):
+        return None
+    if old.pid != os.getpid():
+        old.end()
+    record = store.record(run)
+    assert record is not None
+    me = ProcessId.mine()
+    epoch = record.epoch + 1
+    started = e.DriverStarted(
+        at=clock.now(), epoch=epoch, pid=me.pid, start_time=me.start_time, boot_id=me.boot_id
+    )
+    store.commit([(e.run_stream(run), started)], epoch=epoch)
+    return lock, epoch
+
+
+def spawn(home: Path, run: str, *, force: bool = False) -> None:
+    """Start the detached driver process of `run`; it ends at once where another one drives."""
+    directory = run_dir(home, run)
+    directory.mkdir(parents=True, exist_ok=True)
+    script = Path(sys.executable).parent / "llmctl"
+    command = (
+        [str(script)]
+        if script.exists()
+        else [sys.executable, "-P", "-c", "from orchestrator.cli import main; main()"]
+    )
+    command += [
+        "internal-driver",
+        *(["--force"] if force else []),
+        "--",
+        run,
+    ]  # a name may begin with a hyphen
+    with (directory / "driver.log").open("ab") as log:
+        subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            cwd=directory,
+            env={**os.environ, "LLMCTL_HOME": str(home)},
+        )
+
+
+def driver_alive(home: Path, run: str) -> bool:
+    """Whether some process drives the run now."""
+    from runs.lock import held
+
+    return held(driver_lock(run_dir(home, run)))
+
+
+def write_heartbeat(path: Path, why: str, complaint: str | None, at: float) -> None:
+    """`driver.json`: what the driver waits for; read by those who follow. Not durable, replaced as a whole, and left as it
+    is while the disk is full."""
+    temporary = path.with_suffix(".tmp")
+    with suppress(OSError):
+        temporary.write_text(json.dumps({"pid": os.getpid(), "time": at, "why": why, "complaint": complaint}))
+        temporary.replace(path)

@@ -1,0 +1,227 @@
+"""Who else is told: wandb, and the spec's `notify`. Neither can hold up or end a run.
+
+Both are called with the record by the driver, work in a thread of their own, and read what they send from the mirrored
+metrics. What was sent is remembered in `runs/RUN/`, so that a driver that takes over continues the same wandb run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import subprocess
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from orchestrator.remote.mirror import publish
+from runs.record import RunRecord
+
+WANDB_INIT_SECONDS = 15
+"""Without a network `wandb.init` takes 103 s to fail by default; after this it goes offline and is synced behind."""
+
+
+class Sink:
+    """A thread that takes jobs one by one; `call` never blocks, `close` waits a little for what is left."""
+
+    def __init__(self, name: str, log: Callable[[str], None]) -> None:
+        self._log = log
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    def call(self, job: Callable[[], None]) -> None:
+        """Do `job` when its turn comes."""
+        self._jobs.put(job)
+
+    def close(self, patience: float) -> None:
+        """Finish what was asked for, for at most `patience` seconds."""
+        self._jobs.put(None)
+        self._thread.join(patience)
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                job()
+            except Exception as error:  # noqa: BLE001  nobody who is told may harm the run
+                self._log(f"{self._thread.name}: {type(error).__name__}: {error}")
+
+
+# ---------------------------------------------------------------- notify
+
+
+class Notify:
+    """A shell command or a webhook URL, told once of each thing that a person wants to know."""
+
+    def __init__(self, target: str | None, directory: Path, log: Callable[[str], None]) -> None:
+        self._target, self._path = target, directory / "notified.json"
+        self._sink = Sink("notify", log) if target else None
+        self._told: set[str] = set(json.loads(self._path.read_text())) if self._path.exists() else set()
+
+    def __call__(self, run: RunRecord) -> None:
+        """Tell what is new in the record."""
+        if self._sink is None:
+            return
+        for what, text in _news(run):
+            if what not in self._told:
+                self._told.add(what)
+                publish(self._path, json.dumps(sorted(self._told)).encode())
+                self._sink.call(lambda text=text: self._tell(run, text))  # type: ignore[misc]
+
+    def _tell(self, run: RunRecord, text: str) -> None:
+        assert self._target is not None
+        if self._target.startswith(("http://", "https://")):
+            import httpx2
+
+            # `text` is what Slack and Telegram's sendMessage read; a chat_id stands in the URL's query.
+            body = {"text": text, "run": run.run, "state": run.state}
+            httpx2.post(self._target, json=body, timeout=20).raise_for_status()
+            return
+        values = {"LLMCTL_RUN": run.run, "LLMCTL_STATE": run.state, "LLMCTL_MESSAGE": text}
+        # The user's own shell command, from the user's own spec.
+        command = ["/bin/sh", "-c", self._target]
+        subprocess.run(
+            command, timeout=60, check=True, env={**os.environ, **values}, stdin=subprocess.DEVNULL
+        )
+
+    def close(self) -> None:
+        """Let the last message out."""
+        if self._sink is not None:
+            self._sink.close(30)
+
+
+def _news(run: RunRecord) -> list[tuple[str, str]]:
+    """(what, sentence) of everything worth telling so far; `what` makes each told once."""
+    news = []
+    for node in run.nodes:
+        if node.active_at is not None:
+            place = f"{node.offer.instance_type} in {node.offer.region} at ${node.offer.usd_per_hour:.2f}/h"
+            news.append((f"{node.key} rented", f"{run.run}: got {place}"))
+        if node.terminate_tries >= 5 and not node.settled:
+            news.append(
+                (
+                    f"{node.key} unconfirmed",
+                    f"{run.run}: node {node.id} may still be billing; its end is not confirmed",
+                )
+            )
+    if run.outcome is not None:
+        news.append((f"ended {run.resumes}", f"{run.run} {run.outcome}: {run.reason}"))
+    return news
+
+
+# ---------------------------------------------------------------- wandb
+
+
+class Wandb:
+    """The mirrored metrics as a wandb run whose id is the run's; `disabled` imports nothing."""
+
+    def __init__(self, run: RunRecord, directory: Path, log: Callable[[str], None]) -> None:
+        section = run.spec["wandb"]
+        self._mode, self._project = section["mode"], section["project"]
+        self._directory, self._log = directory, log
+        self._on = self._mode != "disabled" and section["from"] == "driver"
+        self._sink = Sink("wandb", log) if self._on else None
+        self._run: Any = None
+        self._offset, self._busy = 0, threading.Event()
+        self._sent = self._remembered()
+
+    def _remembered(self) -> int:
+        try:
+            return int(json.loads((self._directory / "wandb.json").read_text())["step"])
+        except (OSError, ValueError, KeyError):
+            return 0
+
+    def __call__(self, run: RunRecord) -> None:
+        """Send what the metrics have gained, unless the last sending is still at work."""
+        if self._sink is None or not run.summary or self._busy.is_set():
+            return
+        self._busy.set()
+        self._sink.call(lambda: self._send(run))
+
+    def _send(self, run: RunRecord) -> None:
+        try:
+            if self._run is None:
+                self._run = self._open(run)
+            for line in self._new_lines():
+                if line.get("kind") in {"step", "validation"} and (
+                    line["kind"] == "validation" or line["step"] > self._sent
+                ):
+                    values = {key: value for key, value in line.items() if key not in {"kind", "step"}}
+                    self._run.log({**values, "cost_usd": _cost(run, line["time"])}, step=line["step"])
+                    self._sent = max(self._sent, line["step"])
+            publish(self._directory / "wandb.json", json.dumps({"step": self._sent}).encode())
+        finally:
+            self._busy.clear()
+
+    def _open(self, run: RunRecord) -> Any:
+        import wandb
+
+        options = {
+            "project": self._project,
+            "id": run.run,
+            "name": run.run,
+            "resume": "allow",
+            "dir": str(self._directory),
+            "config": {**run.spec, "hardware_used": _hardware(run)},
+        }
+        settings = wandb.Settings(
+            init_timeout=WANDB_INIT_SECONDS, console="off", silent=True, x_disable_stats=True
+        )
+        if self._mode == "online":
+            try:
+                return wandb.init(mode="online", settings=settings, **options)
+            except wandb.errors.Error as error:
+                self._log(f"wandb is not reachable ({error}); logging offline, `wandb sync` it later")
+        return wandb.init(mode="offline", settings=settings, **options)
+
+    def _new_lines(self) -> list[dict[str, Any]]:
+        """Whole lines of metrics.jsonl behind the last one read. A file that shrank was folded anew: from its start."""
+        path = self._directory / "metrics.jsonl"
+        if not path.exists():
+            return []
+        if path.stat().st_size < self._offset:
+            self._offset = 0
+        with path.open("rb") as file:
+            file.seek(self._offset)
+            data = file.read()
+        data = data[: data.rfind(b"\n") + 1]
+        self._offset += len(data)
+        return [json.loads(line) for line in data.splitlines()]
+
+    def finish(self, run: RunRecord) -> None:
+        """The last metrics and the table row as summary; then close, for at most half a minute."""
+        if self._sink is None:
+            return
+        self._busy.clear()
+        self(run)
+        self._sink.call(lambda: self._close(run))
+        self._sink.close(30)
+
+    def _close(self, run: RunRecord) -> None:
+        from runs.summary import summarise
+
+        if self._run is None:
+            return
+        row = summarise(run)
+        final = {
+            key: row[key]
+            for key in ("train_loss", "validation_loss", "tokens_per_second", "mfu", "overhead_fraction")
+        }
+        self._run.summary.update(
+            {**final, "cost_usd": row["micro_usd"] / 1e6, "phases_usd": row["phases"], "state": row["state"]}
+        )
+        self._run.finish()
+
+
+def _cost(run: RunRecord, time: float) -> float:
+    """Dollars at that moment."""
+    from runs import charges
+
+    return charges.total(run, datetime.fromtimestamp(time, UTC)) / 1e6
+
+
+def _hardware(run: RunRecord) -> dict[str, Any]:
+    attempt = run.attempts[-1]
+    return {"world_size": attempt.world_size, **attempt.offer.model_dump(mode="json")}

@@ -1,0 +1,1 @@
+"""Beginning, following and ending a run at this terminal."""

@@ -1,0 +1,1 @@
+"""What happens next: the pure rules, the world that they see, and the hands that do what they say."""

@@ -1,0 +1,1 @@
+"""What a trained model is good for: samples, evaluations, the judge, export, and the examples of tuning."""

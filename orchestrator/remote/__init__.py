@@ -1,0 +1,1 @@
+"""One node over SSH: connections, commands, and files both ways."""

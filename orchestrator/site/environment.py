@@ -1,0 +1,201 @@
+"""The environment lane: an interpreter on the node that has what the trainer needs, without touching the image's own packages.
+
+In this order: the image's Python where its packages satisfy the pins; an overlay (a folder on PYTHONPATH) where only small
+wheels are missing; an isolated environment made by uv, with the torch build that the node's driver can run. The choice is
+remembered on the node and looked at again only when the interpreter changed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from orchestrator.remote.connection import CommandFailed
+from orchestrator.remote.node import Remote
+from runs.facts import Offer
+
+MINIMUM = {"torch": (2, 9), "numpy": (1, 26), "safetensors": (0, 4)}
+"""Pins: torch 2.9 is the first with torch.optim.Muon; the others are what the trainer was tested with at the least."""
+SMALL = ("numpy", "safetensors")
+"""Wheels of a few megabytes."""
+UV_PACKAGES = ("torch>=2.9,<3", "numpy>=1.26", "safetensors>=0.4")
+UV_PYTHON = "3.12"
+ROOT = "llmctl/environments"
+INSTALL_SECONDS = 1800.0
+_PROBE = """
+import json, os, sys
+found = {"executable": sys.executable, "version": list(sys.version_info[:2]), "packages": {}}
+for name in ("torch", "numpy", "safetensors"):
+    try:
+        found["packages"][name] = __import__(name).__version__
+    except Exception:
+        found["packages"][name] = None
+torch = sys.modules.get("torch")
+if torch is not None:
+    found["cuda"] = torch.cuda.is_available()
+    found["gpus"] = torch.cuda.device_count() if found["cuda"] else 0
+    found["cuda_build"] = torch.version.cuda
+print(json.dumps(found))
+"""
+
+
+class EnvironmentFailed(Exception):
+    """No usable interpreter could be had; the message says what was tried."""
+
+
+def ensure(remote: Remote, python: str, *, cuda: bool) -> dict[str, Any]:
+    """An interpreter for the trainer: {python, env, versions, cuda, kind}. `python`: `auto` or a path.
+
+    Raises EnvironmentFailed, RemoteError.
+    """
+    candidate = "python3" if python == "auto" else python
+    stamp = remote.run(["sh", "-c", _STAMP, "sh", candidate], check=False).text
+    remembered = _remembered(remote, stamp)
+    if remembered is not None:
+        return remembered
+    found = _probe(remote, candidate, {})
+    missing = lacking(found, cuda=cuda)
+    if not missing:
+        chosen = _chosen(found, "image", {})
+    elif python != "auto":
+        raise EnvironmentFailed(
+            f"{python} on the node lacks {', '.join(missing)}; use node.python: auto, or install them there"
+        )
+    elif set(missing) <= set(SMALL):
+        chosen = _overlay(remote, candidate, missing, cuda=cuda)
+    else:
+        chosen = _isolated(remote, cuda=cuda)
+    remote.write(f"~/{ROOT}/chosen.json", json.dumps({"stamp": stamp, "chosen": chosen}).encode(), 0o644)
+    return chosen
+
+
+_STAMP = 'p=$(command -v "$1") && echo "$p" && ls -lLn "$p" && "$p" -c "import sys; print(sys.prefix, sys.version)"'
+
+
+def _remembered(remote: Remote, stamp: str) -> dict[str, Any] | None:
+    try:
+        known: dict[str, Any] = json.loads(remote.read(f"~/{ROOT}/chosen.json"))
+    except (CommandFailed, ValueError):
+        return None
+    if known.get("stamp") != stamp or not stamp:
+        return None
+    chosen: dict[str, Any] = known["chosen"]
+    exists = remote.run(["test", "-x", chosen["python"]], check=False).exit_code == 0
+    return chosen if exists else None
+
+
+def _probe(remote: Remote, python: str, env: Mapping[str, str]) -> dict[str, Any]:
+    result = remote.run([python, "-c", _PROBE], check=False, timeout=180, env=dict(env))
+    if result.exit_code != 0:
+        return {"executable": python, "version": [0, 0], "packages": {}}
+    found: dict[str, Any] = json.loads(result.text.splitlines()[-1])
+    return found
+
+
+def lacking(found: Mapping[str, Any], *, cuda: bool) -> list[str]:
+    """What an interpreter lacks: packages that are absent or too old, or a torch that cannot use the GPUs. Pure."""
+    if tuple(found["version"]) < (3, 10):
+        return ["python>=3.10"]
+    missing = []
+    for name, least in MINIMUM.items():
+        version = found["packages"].get(name)
+        if version is None or numbers(version) < least:
+            missing.append(name)
+    if cuda and "torch" not in missing and not found.get("cuda"):
+        missing.append(
+            "torch"
+        )  # it is there and would fall back to the CPU: the driver cannot run its CUDA build
+    return missing
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """(2, 13) of `2.13.0+cpu`."""
+    parts = version.split("+", maxsplit=1)[0].split(".")[:2]
+    return tuple(int("".join(char for char in part if char.isdigit()) or 0) for part in parts)
+
+
+def _chosen(found: Mapping[str, Any], kind: str, env: dict[str, str]) -> dict[str, Any]:
+    return {
+        "python": found["executable"],
+        "env": env,
+        "kind": kind,
+        "versions": {**found["packages"], "python": ".".join(map(str, found["version"]))},
+        "cuda": found.get("cuda", False),
+        "gpus": found.get("gpus", 0),
+    }
+
+
+def _overlay(remote: Remote, python: str, missing: list[str], *, cuda: bool) -> dict[str, Any]:
+    """Small wheels in a folder of our own, in front of the image's packages."""
+    folder = f"{ROOT}/overlay"
+    wanted = [f"{name}>={'.'.join(map(str, MINIMUM[name]))}" for name in missing]
+    command = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, *wanted]
+    result = remote.run(command, check=False, timeout=INSTALL_SECONDS)
+    home = remote.run(["sh", "-c", 'printf %s "$HOME"']).text
+    env = {"PYTHONPATH": f"{home}/{folder}"}
+    found = _probe(remote, python, env)
+    if result.exit_code != 0 or lacking(found, cuda=cuda):
+        return _isolated(remote, cuda=cuda)
+    return _chosen(found, "overlay", env)
+
+
+def _isolated(remote: Remote, *, cuda: bool) -> dict[str, Any]:
+    """An environment of its own. uv chooses the torch build by the driver (`--torch-backend=auto`)."""
+    folder = f"{ROOT}/uv"
+    backend = "auto" if cuda else "cpu"
+    result = remote.run(
+        ["sh", "-c", _UV, "sh", folder, UV_PYTHON, backend, *UV_PACKAGES],
+        check=False,
+        timeout=INSTALL_SECONDS,
+    )
+    found = _probe(remote, f"{folder}/bin/python", {}) if result.exit_code == 0 else None
+    if found is None:
+        raise EnvironmentFailed(
+            f"uv could not make an environment on the node: {result.stderr.decode(errors='replace')[-800:]}"
+        )
+    missing = lacking(found, cuda=cuda)
+    if missing:
+        raise EnvironmentFailed(
+            f"the environment that uv made lacks {', '.join(missing)}: does the node's driver work? try nvidia-smi there"
+        )
+    return _chosen(found, "uv", {})
+
+
+_UV = """
+set -e
+folder=$1 python=$2 backend=$3; shift 3
+uv=$(command -v uv || true)
+if [ -z "$uv" ]; then
+  python3 -m pip install --quiet --target llmctl/environments/tools uv ||
+    { curl -LsSf https://astral.sh/uv/install.sh | env UV_INSTALL_DIR="$HOME/llmctl/environments/tools/bin" INSTALLER_NO_MODIFY_PATH=1 sh; }
+  uv="$HOME/llmctl/environments/tools/bin/uv"
+fi
+"$uv" venv --quiet --allow-existing --python "$python" "$folder" || "$uv" venv --quiet --allow-existing "$folder"
+"$uv" pip install --quiet --python "$folder/bin/python" --torch-backend="$backend" "$@"
+"""
+
+
+def gpu_problem(gpus: object, offer: Offer) -> str | None:
+    """Why the GPUs that the probe saw are not those of the offer, or None. `gpus`: [{name, memory_mib, used_mib, celsius}]."""
+    if not isinstance(gpus, list) or not gpus:
+        return "nvidia-smi shows no GPU, and train.device is cuda"
+    if offer.gpus and len(gpus) < offer.gpus:
+        return f"{len(gpus)} GPUs are there, {offer.gpus} were rented"
+    for index, gpu in enumerate(gpus):
+        if gpu["used_mib"] > 500:
+            return f"GPU {index} is in use: {gpu['used_mib']} MiB are taken before the run has begun"
+        if gpu["celsius"] >= 60:
+            return f"GPU {index} has {gpu['celsius']} °C without work: it would run throttled"
+    return _memory_problem(gpus, offer)
+
+
+def _memory_problem(gpus: list[dict[str, Any]], offer: Offer) -> str | None:
+    from trainer.gpus import GPUS
+
+    known = GPUS.get(offer.gpu or "")
+    least = min(gpu["memory_mib"] for gpu in gpus)
+    # Boards report a little less than the name says (ECC, reserved pages).
+    if known is not None and least / 1024 < 0.9 * known.memory_gib:
+        return f"a GPU has {least / 1024:.0f} GiB, {offer.gpu} has {known.memory_gib:g}"
+    return None

@@ -1,0 +1,400 @@
+"""Three lanes side by side on a fresh node (code, environment, data), the preflight, and the start of the trainer.
+
+What a lane did is remembered on the node by content hash, so that a retry, and the next run there, do nothing twice. The
+trainer may start when code and environment are there and with them the first training shard and the validation shards;
+the rest of the data arrives beside the steps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import trainer
+from orchestrator.data import sources
+from orchestrator.remote import transfer
+from orchestrator.remote.connection import CommandFailed
+from orchestrator.remote.node import Remote
+from orchestrator.site import environment
+from orchestrator.site.collect import here
+from provisioning.base import ProviderError
+from provisioning.objects import S3
+from runs.record import NodeRecord, RunRecord
+from trainer import config, manifest
+
+DATA = "~/llmctl/data"
+"""Shards by content hash, shared by the runs of a node."""
+SECRETS_FILE = "secrets.env"
+"""In the run's directory on a node, 0600, from the start of the trainer until it is collected."""
+
+
+class PreflightError(Exception):
+    """The node is not what was rented."""
+
+
+class PrepareError(Exception):
+    """A lane cannot be completed; `fatal`: not on any node."""
+
+    def __init__(self, message: str, *, fatal: bool = False) -> None:
+        super().__init__(message)
+        self.fatal = fatal
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is sent to a node, worked out before one is rented."""
+
+    home: Path
+    data: sources.DataPlan
+    config: config.TrainerConfig
+    """Paths as the spec has them; `node_config` puts the node's in."""
+    trainer_path: Path
+    secrets: dict[str, str] = field(default_factory=dict, repr=False)
+    objects: S3 | None = None
+    """The buckets that the run reads or pushes to; None: none."""
+
+    def decode(self, tokens: list[int]) -> str:
+        """Text of tokens, by the run's tokenizer."""
+        return sources.decode(self.config.data.tokenizer, tokens)
+
+
+@dataclass(frozen=True)
+class Lane:
+    """A lane that is complete."""
+
+    hash: str
+    seconds: float
+    sent_bytes: int = 0
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+Done = Callable[[str, Lane], None]
+
+
+def trainer_path(spec: dict[str, Any]) -> Path:
+    """The package that is sent: the spec's own, or ours."""
+    chosen = spec["trainer"]["path"]
+    return Path(chosen) if chosen else Path(trainer.__file__).parent
+
+
+def package_hash(path: Path) -> str:
+    """The content of a trainer package."""
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*.py")):
+        digest.update(f"{file.relative_to(path)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def directory(run: str) -> str:
+    """A run's directory on its nodes."""
+    return f"~/llmctl/runs/{run}"
+
+
+def prepare(remote: Remote, run: RunRecord, node: NodeRecord, plan: Plan, done: Done) -> None:
+    """All lanes of one node. `done(name, lane)` is called as each completes, `ready` among them as soon as training can
+    start; returns when all data is there. Raises PreflightError, PrepareError, RemoteError, TransferError."""
+    preflight(run, node)
+    remote.run(["mkdir", "-p", *(_bare(path) for path in (f"{directory(run.run)}/checkpoints", DATA))])
+    progress = _Progress(done, plan_hash(plan))
+    lanes: dict[str, Callable[[], None]] = {
+        "code": lambda: _code(remote, run, plan, progress.complete),
+        "environment": lambda: _environment(remote, run, progress.complete),
+        "data": lambda: _data(remote, plan, progress.complete),
+    }
+    if run.attempt is not None and run.attempt.from_step:
+        lanes["checkpoint"] = lambda: _checkpoint(remote, run, progress.complete)
+    if run.spec["train"]["device"] == "cuda":
+        lanes["gpus"] = lambda: _gpus(remote, run, progress)
+    progress.waiting = {*lanes, "first shards"} - {"data"}
+    with ThreadPoolExecutor(len(lanes), thread_name_prefix="lane") as pool:
+        futures = [pool.submit(progress.guard, lane) for lane in lanes.values()]
+    for future in futures:
+        future.result()
+
+
+class _Progress:
+    """Which lanes are complete; says `ready` once, when training can start."""
+
+    def __init__(self, done: Done, data_hash: str) -> None:
+        self.waiting: set[str] = set()
+        self.lanes: dict[str, Lane] = {}
+        self._done, self._hash, self._started = done, data_hash, time.monotonic()
+        self._changed = threading.Condition()
+        self._broken = False
+
+    def complete(self, name: str, lane: Lane) -> None:
+        """A lane is done."""
+        with self._changed:
+            self.lanes[name] = lane
+            last = name in self.waiting and len(self.waiting) == 1
+            self.waiting.discard(name)
+            self._changed.notify_all()
+        self._done(name, lane)
+        if last:
+            self._done("ready", Lane(self._hash, time.monotonic() - self._started))
+
+    def guard(self, lane: Callable[[], None]) -> None:
+        """Run a lane; when it fails, those that wait for it are let go."""
+        try:
+            lane()
+        except BaseException:
+            with self._changed:
+                self._broken = True
+                self._changed.notify_all()
+            raise
+
+    def wait_for(self, *names: str) -> bool:
+        """Until those lanes are complete; False when one of the others failed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._broken or all(name in self.lanes for name in names))
+            return not self._broken
+
+
+def _bare(path: str) -> str:
+    return path.removeprefix("~/")
+
+
+# ---------------------------------------------------------------- preflight
+
+
+def preflight(run: RunRecord, node: NodeRecord) -> None:
+    """What the login's probe tells against what was rented. Raises PreflightError; the CPU is never a silent fallback."""
+    free = node.facts.get("disk_free_bytes")
+    need = disk_bytes(run)
+    if free is not None and free < need:
+        raise PreflightError(
+            f"{free / 2**30:.1f} GiB of disk are free, {need / 2**30:.1f} GiB are needed for checkpoints"
+        )
+    if run.spec["train"]["device"] == "cpu":
+        return
+    problem = environment.gpu_problem(node.facts.get("gpus"), node.offer)
+    if problem is not None:
+        raise PreflightError(problem)
+
+
+def disk_bytes(run: RunRecord) -> int:
+    """Bytes that the checkpoints of a run may take at once: weights and two moments in float32, keep + best + one in writing."""
+    from trainer.flops import parameters
+
+    model: config.ModelConfig = config.from_dict(config.ModelConfig, run.spec["model"], "model.")
+    return 12 * parameters(model) * (int(run.spec["checkpoint"]["keep"]) + 2)
+
+
+# ---------------------------------------------------------------- lanes
+
+
+def _code(remote: Remote, run: RunRecord, plan: Plan, complete: Done) -> None:
+    """The trainer package and config.json."""
+    started = time.monotonic()
+    sent = transfer.push_tree(remote, plan.trainer_path, f"{directory(run.run)}/trainer")
+    body = json.dumps(node_config(plan, run), indent=1).encode()
+    remote.write(f"{directory(run.run)}/config.json", body, 0o644)
+    key = hashlib.sha256(package_hash(plan.trainer_path).encode() + body).hexdigest()[:16]
+    complete("code", Lane(key, time.monotonic() - started, sent.bytes_sent, {"method": sent.method}))
+
+
+def _environment(remote: Remote, run: RunRecord, complete: Done) -> None:
+    """An interpreter with torch, numpy and safetensors."""
+    started = time.monotonic()
+    found = environment.ensure(remote, run.spec["node"]["python"], cuda=run.spec["train"]["device"] == "cuda")
+    key = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
+    complete("environment", Lane(key, time.monotonic() - started, 0, found))
+
+
+def _gpus(remote: Remote, run: RunRecord, progress: _Progress) -> None:
+    """Every process sees its GPU, and they talk to each other fast enough (`trainer.preflight`)."""
+    started = time.monotonic()
+    if not progress.wait_for("code", "environment"):
+        return
+    found = progress.lanes["environment"].detail
+    assert run.attempt is not None
+    processes = max(1, run.attempt.world_size // len(run.attempt.keys))
+    argv = [
+        found["python"],
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+    ]
+    command = [
+        "sh",
+        "-c",
+        'cd "$1" && shift && exec "$@"',
+        "sh",
+        _bare(directory(run.run)),
+        *argv,
+        "-m",
+        "trainer",
+        "preflight",
+    ]
+    result = remote.run(command, timeout=300, check=False, env=found["env"])
+    if result.exit_code != 0:
+        told = [
+            line
+            for line in result.stderr.decode(errors="replace").splitlines()
+            if line.startswith("preflight:")
+        ]
+        raise PreflightError(told[0] if told else f"the all-reduce test ended with {result.exit_code}")
+    detail = json.loads(result.text.splitlines()[-1])
+    progress.complete("gpus", Lane(str(detail["torch"]), time.monotonic() - started, 0, detail))
+
+
+def _data(remote: Remote, plan: Plan, complete: Done) -> None:
+    """The first training shard and everything held out, then the rest; nothing that is there already."""
+    started, sent = time.monotonic(), 0
+    shards = plan.data.shards
+    first = [item for item in shards if item.node_name in plan.data.first]
+    rest = [item for item in shards if item.node_name not in plan.data.first]
+    for name, group in (("first shards", first), ("data", rest)):
+        local = {f"{DATA}/{item.node_name}": item.path for item in group if item.path is not None}
+        moved = transfer.push(remote, local, immutable=True)
+        sent += moved.bytes_sent
+        _pull_on_node(remote, [item for item in group if item.url is not None], plan.secrets, plan.objects)
+        complete(name, Lane(plan_hash(plan), time.monotonic() - started, sent, {"method": moved.method}))
+
+
+def _pull_on_node(
+    remote: Remote, shards: Sequence[sources.Shard], secrets: Mapping[str, str], objects: S3 | None
+) -> None:
+    """Let the node fetch what has a URL, with many ranges in parallel; a token that it needs is in that process's
+    environment alone."""
+    if not shards:
+        return
+    try:
+        # Signed now, not when the run was planned: a try that is made again has addresses that are good again.
+        wanted = [sources.pull_item(item, f"{_bare(DATA)}/{item.node_name}", objects) for item in shards]
+    except ProviderError as error:
+        raise PrepareError(f"the data's addresses could not be signed: {error}") from error
+    body = json.dumps({"files": wanted}).encode()
+    name = f"llmctl/pull-{hashlib.sha256(body).hexdigest()[:12]}.json"
+    remote.write(f"~/{name}", body, 0o600)
+    script = Path(trainer.__file__).with_name("pull.py").read_bytes()
+    remote.write("~/llmctl/pull.py", script, 0o644)
+    try:
+        remote.run(["python3", "llmctl/pull.py", "--manifest", name], timeout=6 * 3600, env=secrets)
+    except CommandFailed as error:
+        raise PrepareError(f"the node could not fetch its data: {error}") from error
+    finally:
+        remote.run(["rm", "-f", name])
+
+
+def _checkpoint(remote: Remote, run: RunRecord, complete: Done) -> None:
+    """The newest whole checkpoint of an earlier attempt, as `checkpoints/latest` of this node."""
+    started = time.monotonic()
+    assert run.attempt is not None
+    item = run.checkpoints[run.attempt.from_step]
+    local = here(Path(item.path or ""))
+    if local is None:
+        raise PrepareError(f"the checkpoint of step {item.step} is not at {item.path} any more", fatal=True)
+    name = manifest.directory_name(item.step)
+    target = f"{directory(run.run)}/checkpoints"
+    sent = transfer.push_tree(remote, local.path, f"{target}/{name}")
+    remote.run(["ln", "-sfn", name, _bare(f"{target}/latest")])
+    complete(
+        "checkpoint",
+        Lane(local.sha256[:16], time.monotonic() - started, sent.bytes_sent, {"method": sent.method}),
+    )
+
+
+# ---------------------------------------------------------------- what the trainer reads
+
+
+def plan_hash(plan: Plan) -> str:
+    """The content of a run's data."""
+    return hashlib.sha256("\n".join(item.node_name for item in plan.data.shards).encode()).hexdigest()[:16]
+
+
+def node_config(plan: Plan, run: RunRecord) -> dict[str, Any]:
+    """`config.json`: the spec's sections with the node's paths, prompts as tokens."""
+    values = config.to_dict(plan.config)
+    up = "../../data"  # from runs/RUN to data
+    values["data"]["train"] = [f"{up}/{item.node_name}" for item in plan.data.train]
+    values["data"]["validation"] = [f"{up}/{item.node_name}" for item in plan.data.validation]
+    counts = [item.tokens for item in plan.data.train]
+    values["data"]["train_tokens"] = counts if all(counts) else None
+    values["evaluate"]["test_sets"] = [
+        {**config.to_dict(item.test_set), "data": [f"{up}/{shard.node_name}" for shard in item.shards]}
+        for item in plan.data.test_sets
+    ]
+    values["evaluate"]["prompt_tokens"] = plan.data.prompt_tokens
+    chosen = run.attempt.microbatch_size if run.attempt else None
+    if chosen is not None:
+        values["train"]["microbatch_size"] = chosen
+    return values
+
+
+@dataclass(frozen=True)
+class Start:
+    """One node's part in starting the trainer."""
+
+    token: str
+    deadline: datetime | None
+    rank: int
+    addresses: list[str]
+    """Of all nodes, on the private network where there is one; the first is the rendezvous."""
+    environment: Mapping[str, Any]
+    cpus: int = 1
+
+
+RENDEZVOUS_PORT = 29400
+
+
+def start(remote: Remote, run: RunRecord, secrets: Mapping[str, str], how: Start) -> None:
+    """Write job.json and start the supervisor; harmless where it runs under the same token."""
+    place = directory(run.run)
+    secrets_file = None
+    if secrets:
+        secrets_file = SECRETS_FILE
+        body = "".join(f"{name}={value}\n" for name, value in secrets.items())
+        remote.write(f"{place}/{secrets_file}", body.encode(), 0o600)
+    remote.write(f"{place}/job.json", json.dumps(job(run, how, secrets_file), indent=1).encode(), 0o644)
+    remote.run(["rm", "-f", *(_bare(f"{place}/{name}") for name in ("stop", "stop-request.json"))])
+    if how.deadline is not None:  # for a supervisor that runs already: `extend` moved its deadline
+        remote.write(f"{place}/deadline", f"{how.deadline.timestamp():.0f}\n".encode(), 0o644)
+    argv = [how.environment["python"], "-m", "trainer", "supervise", "start"]
+    remote.detach(argv, cwd=place, log="supervisor.log")
+
+
+def forget_secrets(remote: Remote, run: RunRecord) -> None:
+    """Remove the secrets from a node whose trainer has ended."""
+    remote.run(["rm", "-f", _bare(f"{directory(run.run)}/{SECRETS_FILE}")])
+
+
+def job(run: RunRecord, how: Start, secrets_file: str | None) -> dict[str, Any]:
+    """`job.json`: what the supervisor runs, and until when."""
+    assert run.attempt is not None
+    nodes = len(how.addresses)
+    processes = max(1, run.attempt.world_size // nodes)
+    rendezvous = ["--standalone"]
+    if nodes > 1:
+        end = f"{how.addresses[0]}:{RENDEZVOUS_PORT}"
+        rendezvous = ["--nnodes", str(nodes), "--node-rank", str(how.rank), "--rdzv-backend", "c10d", "--rdzv-id", how.token,
+                      "--rdzv-endpoint", end, "--local-addr", how.addresses[how.rank]]  # fmt: skip
+    argv = [how.environment["python"], "-m", "torch.distributed.run", *rendezvous, "--nproc-per-node", str(processes),
+            "--max-restarts", "0", "-m", "trainer", "train", "--config", "config.json", "--out", "."]  # fmt: skip
+    threads = max(1, how.cpus // processes) if run.spec["train"]["device"] == "cpu" else 1
+    env = {"OMP_NUM_THREADS": threads, **how.environment.get("env", {}), **run.spec["node"]["env"]}
+    return {
+        "token": how.token,
+        "argv": argv,
+        "env": {name: str(value) for name, value in env.items()},
+        "secrets_file": secrets_file,
+        "max_restarts": run.spec["node"]["max_restarts"],
+        "deadline": how.deadline.timestamp() if how.deadline else None,
+        "watch_interruption": how.environment.get("spot", False),
+    }
+
+
+def secret_values(names: Sequence[str]) -> dict[str, str]:
+    """The named values of the caller's environment that are set."""
+    return {name: os.environ[name] for name in names if os.environ.get(name)}
