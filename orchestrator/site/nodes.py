@@ -20,7 +20,7 @@ from orchestrator.remote import transfer
 from orchestrator.remote.connection import Address, NodeUnreachable, RemoteError
 from orchestrator.remote.mirror import Mirror
 from orchestrator.remote.node import Remote
-from orchestrator.site import collect, environment, prepare, pushed
+from orchestrator.site import collect, environment, prepare, pushed, start
 from orchestrator.site.journal import Journal
 from orchestrator.site.watch import Watch
 from runs import events as e
@@ -103,11 +103,11 @@ class NodeSite:
         def work() -> None:
             for rank, watch in enumerate(watches):
                 found = {**attempt.lanes[f"{attempt.keys[rank]}/environment"].detail, "spot": spot}
-                prepare.start(
+                start.start(
                     watch.remote,
                     run,
                     self._plan.secrets,
-                    prepare.Start(token, deadline, rank, addresses, found, cpus[rank]),
+                    start.Start(token, deadline, rank, addresses, found, cpus[rank]),
                 )
                 watch.asked()
 
@@ -140,7 +140,7 @@ class NodeSite:
         def work() -> None:
             collect.drain(watch.remote, watch.directory, mirrors, self._clock)
             if self._plan.secrets:  # nothing trains there any more, and the node may be kept
-                prepare.forget_secrets(watch.remote, run)
+                start.forget_secrets(watch.remote, run)
             found = collect.evaluations(watch.remote, watch.directory, run, self._clock, self._plan.decode)
             with self._lock:
                 self._news += found

@@ -1,4 +1,4 @@
-"""Three lanes side by side on a fresh node (code, environment, data), the preflight, and the start of the trainer.
+"""Three lanes side by side on a fresh node (code, environment, data), and the preflight.
 
 What a lane did is remembered on the node by content hash, so that a retry, and the next run there, do nothing twice. The
 trainer may start when code and environment are there and with them the first training shard and the validation shards;
@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from orchestrator.remote.connection import CommandFailed
 from orchestrator.remote.node import Remote
 from orchestrator.site import environment
 from orchestrator.site.collect import here
+from orchestrator.site.start import bare, directory
 from provisioning.base import ProviderError
 from provisioning.objects import S3
 from runs.record import NodeRecord, RunRecord
@@ -33,8 +33,6 @@ from trainer import config, manifest
 
 DATA = "~/llmctl/data"
 """Shards by content hash, shared by the runs of a node."""
-SECRETS_FILE = "secrets.env"
-"""In the run's directory on a node, 0600, from the start of the trainer until it is collected."""
 
 
 class PreflightError(Exception):
@@ -94,16 +92,11 @@ def package_hash(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def directory(run: str) -> str:
-    """A run's directory on its nodes."""
-    return f"~/llmctl/runs/{run}"
-
-
 def prepare(remote: Remote, run: RunRecord, node: NodeRecord, plan: Plan, done: Done) -> None:
     """All lanes of one node. `done(name, lane)` is called as each completes, `ready` among them as soon as training can
     start; returns when all data is there. Raises PreflightError, PrepareError, RemoteError, TransferError."""
     preflight(run, node)
-    remote.run(["mkdir", "-p", *(_bare(path) for path in (f"{directory(run.run)}/checkpoints", DATA))])
+    remote.run(["mkdir", "-p", *(bare(path) for path in (f"{directory(run.run)}/checkpoints", DATA))])
     progress = _Progress(done, plan_hash(plan))
     lanes: dict[str, Callable[[], None]] = {
         "code": lambda: _code(remote, run, plan, progress.complete),
@@ -157,10 +150,6 @@ class _Progress:
         with self._changed:
             self._changed.wait_for(lambda: self._broken or all(name in self.lanes for name in names))
             return not self._broken
-
-
-def _bare(path: str) -> str:
-    return path.removeprefix("~/")
 
 
 # ---------------------------------------------------------------- preflight
@@ -231,7 +220,7 @@ def _gpus(remote: Remote, run: RunRecord, progress: _Progress) -> None:
         "-c",
         'cd "$1" && shift && exec "$@"',
         "sh",
-        _bare(directory(run.run)),
+        bare(directory(run.run)),
         *argv,
         "-m",
         "trainer",
@@ -272,7 +261,7 @@ def _pull_on_node(
         return
     try:
         # Signed now, not when the run was planned: a try that is made again has addresses that are good again.
-        wanted = [sources.pull_item(item, f"{_bare(DATA)}/{item.node_name}", objects) for item in shards]
+        wanted = [sources.pull_item(item, f"{bare(DATA)}/{item.node_name}", objects) for item in shards]
     except ProviderError as error:
         raise PrepareError(f"the data's addresses could not be signed: {error}") from error
     body = json.dumps({"files": wanted}).encode()
@@ -299,7 +288,7 @@ def _checkpoint(remote: Remote, run: RunRecord, complete: Done) -> None:
     name = manifest.directory_name(item.step)
     target = f"{directory(run.run)}/checkpoints"
     sent = transfer.push_tree(remote, local.path, f"{target}/{name}")
-    remote.run(["ln", "-sfn", name, _bare(f"{target}/latest")])
+    remote.run(["ln", "-sfn", name, bare(f"{target}/latest")])
     complete(
         "checkpoint",
         Lane(local.sha256[:16], time.monotonic() - started, sent.bytes_sent, {"method": sent.method}),
@@ -331,68 +320,6 @@ def node_config(plan: Plan, run: RunRecord) -> dict[str, Any]:
     if chosen is not None:
         values["train"]["microbatch_size"] = chosen
     return values
-
-
-@dataclass(frozen=True)
-class Start:
-    """One node's part in starting the trainer."""
-
-    token: str
-    deadline: datetime | None
-    rank: int
-    addresses: list[str]
-    """Of all nodes, on the private network where there is one; the first is the rendezvous."""
-    environment: Mapping[str, Any]
-    cpus: int = 1
-
-
-RENDEZVOUS_PORT = 29400
-
-
-def start(remote: Remote, run: RunRecord, secrets: Mapping[str, str], how: Start) -> None:
-    """Write job.json and start the supervisor; harmless where it runs under the same token."""
-    place = directory(run.run)
-    secrets_file = None
-    if secrets:
-        secrets_file = SECRETS_FILE
-        body = "".join(f"{name}={value}\n" for name, value in secrets.items())
-        remote.write(f"{place}/{secrets_file}", body.encode(), 0o600)
-    remote.write(f"{place}/job.json", json.dumps(job(run, how, secrets_file), indent=1).encode(), 0o644)
-    remote.run(["rm", "-f", *(_bare(f"{place}/{name}") for name in ("stop", "stop-request.json"))])
-    if how.deadline is not None:  # for a supervisor that runs already: `extend` moved its deadline
-        remote.write(f"{place}/deadline", f"{how.deadline.timestamp():.0f}\n".encode(), 0o644)
-    argv = [how.environment["python"], "-m", "trainer", "supervise", "start"]
-    remote.detach(argv, cwd=place, log="supervisor.log")
-
-
-def forget_secrets(remote: Remote, run: RunRecord) -> None:
-    """Remove the secrets from a node whose trainer has ended."""
-    remote.run(["rm", "-f", _bare(f"{directory(run.run)}/{SECRETS_FILE}")])
-
-
-def job(run: RunRecord, how: Start, secrets_file: str | None) -> dict[str, Any]:
-    """`job.json`: what the supervisor runs, and until when."""
-    assert run.attempt is not None
-    nodes = len(how.addresses)
-    processes = max(1, run.attempt.world_size // nodes)
-    rendezvous = ["--standalone"]
-    if nodes > 1:
-        end = f"{how.addresses[0]}:{RENDEZVOUS_PORT}"
-        rendezvous = ["--nnodes", str(nodes), "--node-rank", str(how.rank), "--rdzv-backend", "c10d", "--rdzv-id", how.token,
-                      "--rdzv-endpoint", end, "--local-addr", how.addresses[how.rank]]  # fmt: skip
-    argv = [how.environment["python"], "-m", "torch.distributed.run", *rendezvous, "--nproc-per-node", str(processes),
-            "--max-restarts", "0", "-m", "trainer", "train", "--config", "config.json", "--out", "."]  # fmt: skip
-    threads = max(1, how.cpus // processes) if run.spec["train"]["device"] == "cpu" else 1
-    env = {"OMP_NUM_THREADS": threads, **how.environment.get("env", {}), **run.spec["node"]["env"]}
-    return {
-        "token": how.token,
-        "argv": argv,
-        "env": {name: str(value) for name, value in env.items()},
-        "secrets_file": secrets_file,
-        "max_restarts": run.spec["node"]["max_restarts"],
-        "deadline": how.deadline.timestamp() if how.deadline else None,
-        "watch_interruption": how.environment.get("spot", False),
-    }
 
 
 def secret_values(names: Sequence[str]) -> dict[str, str]:

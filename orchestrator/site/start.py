@@ -1,0 +1,87 @@
+"""The start of the trainer on each node of an attempt: job.json, the secrets, the supervisor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from orchestrator.remote.node import Remote
+from runs.record import RunRecord
+
+SECRETS_FILE = "secrets.env"
+"""In the run's directory on a node, 0600, from the start of the trainer until it is collected."""
+
+
+def directory(run: str) -> str:
+    """A run's directory on its nodes."""
+    return f"~/llmctl/runs/{run}"
+
+
+def bare(path: str) -> str:
+    """A path below the home directory as an argument."""
+    return path.removeprefix("~/")
+
+
+@dataclass(frozen=True)
+class Start:
+    """One node's part in starting the trainer."""
+
+    token: str
+    deadline: datetime | None
+    rank: int
+    addresses: list[str]
+    """Of all nodes, on the private network where there is one; the first is the rendezvous."""
+    environment: Mapping[str, Any]
+    cpus: int = 1
+
+
+RENDEZVOUS_PORT = 29400
+
+
+def start(remote: Remote, run: RunRecord, secrets: Mapping[str, str], how: Start) -> None:
+    """Write job.json and start the supervisor; harmless where it runs under the same token."""
+    place = directory(run.run)
+    secrets_file = None
+    if secrets:
+        secrets_file = SECRETS_FILE
+        body = "".join(f"{name}={value}\n" for name, value in secrets.items())
+        remote.write(f"{place}/{secrets_file}", body.encode(), 0o600)
+    remote.write(f"{place}/job.json", json.dumps(job(run, how, secrets_file), indent=1).encode(), 0o644)
+    remote.run(["rm", "-f", *(bare(f"{place}/{name}") for name in ("stop", "stop-request.json"))])
+    if how.deadline is not None:  # for a supervisor that runs already: `extend` moved its deadline
+        remote.write(f"{place}/deadline", f"{how.deadline.timestamp():.0f}\n".encode(), 0o644)
+    argv = [how.environment["python"], "-m", "trainer", "supervise", "start"]
+    remote.detach(argv, cwd=place, log="supervisor.log")
+
+
+def forget_secrets(remote: Remote, run: RunRecord) -> None:
+    """Remove the secrets from a node whose trainer has ended."""
+    remote.run(["rm", "-f", bare(f"{directory(run.run)}/{SECRETS_FILE}")])
+
+
+def job(run: RunRecord, how: Start, secrets_file: str | None) -> dict[str, Any]:
+    """`job.json`: what the supervisor runs, and until when."""
+    assert run.attempt is not None
+    nodes = len(how.addresses)
+    processes = max(1, run.attempt.world_size // nodes)
+    rendezvous = ["--standalone"]
+    if nodes > 1:
+        end = f"{how.addresses[0]}:{RENDEZVOUS_PORT}"
+        rendezvous = ["--nnodes", str(nodes), "--node-rank", str(how.rank), "--rdzv-backend", "c10d", "--rdzv-id", how.token,
+                      "--rdzv-endpoint", end, "--local-addr", how.addresses[how.rank]]  # fmt: skip
+    argv = [how.environment["python"], "-m", "torch.distributed.run", *rendezvous, "--nproc-per-node", str(processes),
+            "--max-restarts", "0", "-m", "trainer", "train", "--config", "config.json", "--out", "."]  # fmt: skip
+    threads = max(1, how.cpus // processes) if run.spec["train"]["device"] == "cpu" else 1
+    env = {"OMP_NUM_THREADS": threads, **how.environment.get("env", {}), **run.spec["node"]["env"]}
+    return {
+        "token": how.token,
+        "argv": argv,
+        "env": {name: str(value) for name, value in env.items()},
+        "secrets_file": secrets_file,
+        "max_restarts": run.spec["node"]["max_restarts"],
+        "deadline": how.deadline.timestamp() if how.deadline else None,
+        "watch_interruption": how.environment.get("spot", False),
+    }
