@@ -175,6 +175,8 @@ class Proxy:
         self.connections = 0
         self.bytes = 0
         """Carried so far, both ways."""
+        self.cut_at: int | None = None
+        """Cut once, when so many bytes were carried."""
         ready = threading.Event()
         self._thread = threading.Thread(target=self._work, args=(ready,), daemon=True)
         self._thread.start()
@@ -256,6 +258,10 @@ class Proxy:
             while data := await reader.read(1 << 18):
                 await self._flowing.wait()
                 self.bytes += len(data)
+                if self.cut_at is not None and self.bytes >= self.cut_at:
+                    self.cut_at = None
+                    self._reset()
+                    break
                 if self._delay:
                     self._loop.call_later(self._delay, self._write, writer, data)
                 else:

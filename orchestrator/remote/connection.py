@@ -102,6 +102,8 @@ class ConnectionLost(NodeUnreachable):
     """The link broke. Nothing is repeated by itself: the caller knows what may be."""
 
     code = "connection_lost"
+    sent = True
+    """False: the link broke before anything of a command was sent, so that another try does nothing twice."""
     default_hint = "the job on the node goes on; the next command connects again"
 
 
@@ -172,7 +174,9 @@ class Link:
             ) from error
         except (paramiko.SSHException, EOFError, OSError) as error:
             self.close()
-            raise lost(self.address, str(error) or type(error).__name__) from error
+            broken = lost(self.address, str(error) or type(error).__name__)
+            broken.sent = False
+            raise broken from error
 
     def close(self) -> None:
         """Close the socket under everything that uses it."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from orchestrator.remote import pieces
-from orchestrator.remote.connection import CommandFailed, Result, lost
+from orchestrator.remote.connection import Address, CommandFailed, Result, lost
 from orchestrator.remote.node import Remote
 from orchestrator.remote.openssh import Carrier
 from orchestrator.remote.session import Session
@@ -184,7 +184,13 @@ class FabricChannel:
 
 
 def move(
-    open_channel: Callable[[str], Channel], work: Sequence[Piece], *, pull: bool, lanes: int, tell: Tell
+    address: Address,
+    open_channel: Callable[[str], Channel],
+    work: Sequence[Piece],
+    *,
+    pull: bool,
+    lanes: int,
+    tell: Tell,
 ) -> None:
     """Move the pieces over `lanes` channels. The first error ends all of them and is raised."""
     shares = [share for share in (work[lane::lanes] for lane in range(lanes)) if share]
@@ -209,6 +215,8 @@ def move(
         except EOFError:
             stop.set()
             channel.finish()  # raises what the node says about it, if it is the node's fault
+            if pull:  # the node sent all and said so, and ssh died before it had passed it on
+                raise lost(address, "the end of a piece did not arrive") from None
             raise
         except BaseException:
             stop.set()

@@ -82,8 +82,8 @@ def node_path(path: str) -> str:
 class Remote:
     """One node over one SSH connection, opened at the first use and again after it was lost.
 
-    Safe for several threads: each call has a channel of its own, `_SESSIONS` at once. No call is repeated by itself: after
-    ConnectionLost only the caller knows what may be done twice.
+    Safe for several threads: each call has a channel of its own, `_SESSIONS` at once. No call that may have reached the node
+    is repeated by itself: after ConnectionLost only the caller knows what may be done twice.
     """
 
     def __init__(self, address: Address, *, connect_timeout: float = 15) -> None:
@@ -179,7 +179,7 @@ class Remote:
     ) -> Iterator[Session]:
         """A running command for streaming; leaving lets go of it. `window`: bytes that may be under way to us, 2 MiB
         unless given; a wide one is what makes a long line fast."""
-        with self._free, Session(self._connected(), command, env=env, window=window) as session:
+        with self._free, self._begin(command, env, window) as session:
             yield session
 
     def round_trip(self) -> float:
@@ -198,6 +198,19 @@ class Remote:
             if self._link is not None:
                 self._link.close()
             self._link = None
+
+    def _begin(
+        self, command: Sequence[str] | str, env: Mapping[str, str] | None, window: int | None
+    ) -> Session:
+        """A session. A link that turns out to be dead before the command was sent is opened again, once: so ends the
+        sleep of this machine, or a cut that nothing was under way to notice."""
+        before = self.connections
+        try:
+            return Session(self._connected(), command, env=env, window=window)
+        except ConnectionLost as error:
+            if error.sent or self.connections != before:
+                raise
+            return Session(self._connected(), command, env=env, window=window)
 
     def _connected(self) -> Link:
         with self._lock:

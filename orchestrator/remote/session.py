@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from orchestrator.remote.connection import Link, lost
+from orchestrator.remote.connection import ConnectionLost, Link, lost
 
 if TYPE_CHECKING:
     import paramiko
@@ -105,9 +105,11 @@ class Session:
         except TimeoutError:
             self._check()
             return 0
+        except EOFError as error:
+            raise self._broken(error) from error
         except OSError as error:
             if not self.link.transport.is_active():
-                raise lost(self.link.address, str(error)) from error
+                raise self._broken(error) from error
             raise BrokenPipeError from error
 
     @property
@@ -168,6 +170,8 @@ class Session:
             data: bytes = self._channel.recv_stderr(limit) if stderr else self._channel.recv(limit)
         except TimeoutError:
             return b""
+        except (EOFError, OSError) as error:  # reading also tells the node that there is room again
+            raise self._broken(error) from error
         return data or None
 
     def _without_pid(self, data: bytes) -> bytes:
@@ -180,6 +184,10 @@ class Session:
             return b""
         self.pid = int(line) if line.strip().isdigit() else 0
         return rest if self.pid else self._head
+
+    def _broken(self, error: Exception) -> ConnectionLost:
+        self.link.close()
+        return lost(self.link.address, str(error) or "the connection was cut")
 
     def _check(self) -> None:
         if not self.link.alive:

@@ -310,7 +310,9 @@ def _by_pieces(remote: Remote, kit: Kit, files: Sequence[_File], *, pull: bool, 
         if have:
             count.tell(sum(length for _, length in have))
     # Without OpenSSH the lanes share the connection with everyone else: half of its sessions are enough.
-    lanes.move(open_channel, work, pull=pull, lanes=kit.lanes if carrier else 3, tell=count.tell)
+    lanes.move(
+        remote.address, open_channel, work, pull=pull, lanes=kit.lanes if carrier else 3, tell=count.tell
+    )
     if pull:
         seen = lanes.ask(remote, "look", paths=[file.there for file in files], hashed=False)
         for file, after in zip(files, seen, strict=True):
