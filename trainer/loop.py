@@ -1,17 +1,8 @@
-"""The training run, from the first step to the last line of its metrics.
-
-Exit codes: 0 finished or stopped on request, 3 refused (configuration, data, disk), 4 too many non-finite steps in a
-row, 5 out of memory. Any other end is a crash, and worth a restart from the last checkpoint.
-"""
+"""The training run, from the first step to the last line of its metrics. Its exit codes are those of `trainer.ending`."""
 
 from __future__ import annotations
 
-import errno
-import faulthandler
 import gc
-import json
-import os
-import signal
 import statistics
 import threading
 import time
@@ -21,13 +12,14 @@ from typing import Any
 
 import torch
 
-from trainer import cache, checkpoint, distributed, flops, manifest, microbatch, schedule
+from trainer import cache, checkpoint, distributed, ending, flops, manifest, microbatch, schedule
 from trainer import config as configuration
 from trainer.batches import Batches, await_shards
 from trainer.checkpoint import Saved
 from trainer.config import ConfigError, TestSet, TrainerConfig
+from trainer.ending import NonFiniteError
 from trainer.evaluate import mean_loss, summary
-from trainer.progress import FAILURE, STOP, Status, finite, log, report_failure, step_line, write_json
+from trainer.progress import Status, finite, log, step_line, write_json
 from trainer.sample import generate, load_model
 from trainer.session import Mark, Pending, Run, peak_memory_gib, prepare
 from trainer.shards import ShardError
@@ -36,73 +28,15 @@ SKIPPED_IN_A_ROW = 10
 """Non-finite steps in a row after which training ends."""
 SAMPLE_TOKENS = 64
 """Tokens by which each prompt is continued at the end."""
-EXIT_REFUSED, EXIT_NON_FINITE, EXIT_MEMORY = 3, 4, 5
-
-
-class NonFiniteError(Exception):
-    """Too many steps in a row had a loss or gradient that is not finite."""
 
 
 def run(config_path: Path, out: Path, *, resume: bool) -> int:
     """Train as `config_path` says, into `out`; the exit code. Every rank runs this."""
-    faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
-    rank = int(os.environ.get("RANK", "0"))
-    out.mkdir(parents=True, exist_ok=True)
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    status = None
-    if rank == 0:
-        (out / FAILURE).unlink(missing_ok=True)
-        status = Status(out, world_size=int(os.environ.get("WORLD_SIZE", "1")), microbatch_size=None)
-    try:
-        state = _train(configuration.load(config_path), out, resume=resume, status=status, stop=stop)
-    except ConfigError as error:
-        return _fail(out, status, EXIT_REFUSED, "config", str(error))
-    except ShardError as error:
-        return _fail(out, status, EXIT_REFUSED, "data", str(error))
-    except NonFiniteError as error:
-        return _fail(out, status, EXIT_NON_FINITE, "non_finite", str(error))
-    except torch.OutOfMemoryError as error:
-        return _fail(out, status, EXIT_MEMORY, "out_of_memory", str(error))
-    except BaseException as error:
-        if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            return _fail(
-                out,
-                status,
-                EXIT_REFUSED,
-                "disk_full",
-                f"{error.filename or out}: {error.strerror}; make room and resume",
-            )
-        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error):
-            return _fail(out, status, EXIT_MEMORY, "out_of_memory", str(error))
-        _crash(out, status, f"{type(error).__name__}: {error}")
-        raise
-    if status is not None:
-        status.end(state)
-        if state == "stopped":
-            (out / STOP).unlink(missing_ok=True)
-    return 0
 
+    def work(status: Status | None, stop: threading.Event) -> str:
+        return _train(configuration.load(config_path), out, resume=resume, status=status, stop=stop)
 
-def _fail(out: Path, status: Status | None, code: int, reason: str, message: str) -> int:
-    if status is not None:
-        status.end("failed", reason=reason, message=message)
-    else:
-        report_failure(out, reason, message)
-    os.write(2, f"trainer: {message}\n".encode())
-    return code
-
-
-def _crash(out: Path, status: Status | None, message: str) -> None:
-    """Note a crash, unless another rank has already told why it ended and took this one with it."""
-    if status is None:
-        return
-    reason = "crash"
-    if (out / FAILURE).exists():
-        told = json.loads((out / FAILURE).read_text(encoding="utf-8"))
-        reason, message = told["reason"], told["message"]
-    status.end("failed", reason=reason, message=message)
+    return ending.carry(out, work, ShardError)
 
 
 def _train(

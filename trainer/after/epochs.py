@@ -13,7 +13,8 @@ from trainer import distributed, schedule
 from trainer.after import examples, saving
 from trainer.after.examples import Example
 from trainer.after.work import Session
-from trainer.loop import SKIPPED_IN_A_ROW, NonFiniteError
+from trainer.ending import NonFiniteError
+from trainer.loop import SKIPPED_IN_A_ROW
 from trainer.progress import finite, log, step_line, write_json
 from trainer.session import Mark, peak_memory_gib
 

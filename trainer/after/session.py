@@ -6,11 +6,7 @@ An epoch's order is a function of the seed and the epoch, so an interrupted run 
 
 from __future__ import annotations
 
-import errno
-import faulthandler
-import os
 import platform
-import signal
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +15,7 @@ from typing import cast
 
 import torch
 
-from trainer import checkpoint, distributed, flops
+from trainer import checkpoint, distributed, ending, flops
 from trainer import config as configuration
 from trainer.after import epochs, saving
 from trainer.after.examples import Example, ExampleError
@@ -27,10 +23,9 @@ from trainer.after.work import Session, Trainable, Work
 from trainer.checkpoint import HostCopies, Writer
 from trainer.config import ConfigError
 from trainer.distributed import World
-from trainer.loop import EXIT_MEMORY, EXIT_NON_FINITE, EXIT_REFUSED, NonFiniteError
 from trainer.model import GPT
 from trainer.optim import Optimizer
-from trainer.progress import FAILURE, STOP, Metrics, Status, log, report_failure
+from trainer.progress import Metrics, Status, log
 from trainer.session import peak_memory_gib, set_up_process
 
 MICROBATCH = 8
@@ -39,59 +34,15 @@ MICROBATCH = 8
 
 def run(build: Callable[[Path], Work[Example]], config_path: Path, out: Path, *, resume: bool) -> int:
     """Tune as `config_path` says, into `out`; the exit code. Every rank runs this."""
-    faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
-    out.mkdir(parents=True, exist_ok=True)
-    stop = threading.Event()
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    status = None
-    if int(os.environ.get("RANK", "0")) == 0:
-        (out / FAILURE).unlink(missing_ok=True)
-        status = Status(out, world_size=int(os.environ.get("WORLD_SIZE", "1")), microbatch_size=None)
-    try:
-        state = _tune(build(config_path), out, resume=resume, status=status, stop=stop)
-    except (ConfigError, ExampleError, NonFiniteError, OSError, RuntimeError) as error:
-        code, reason, message = _verdict(error, out)
-        _end_failed(out, status, reason, message)
-        if code is None:
-            raise
-        os.write(2, f"trainer: {message}\n".encode())
-        return code
-    except BaseException as error:
-        _end_failed(out, status, "crash", f"{type(error).__name__}: {error}")
-        raise
-    if status is not None:
-        status.end(state)
-        if state == "stopped":
-            (out / STOP).unlink(missing_ok=True)
-    return 0
 
+    def work(status: Status | None, stop: threading.Event) -> str:
+        try:
+            return _tune(build(config_path), out, resume=resume, status=status, stop=stop)
+        except torch.OutOfMemoryError as error:
+            hint = "choose a smaller train.microbatch_size or data.max_length"
+            raise torch.OutOfMemoryError(f"out of memory: {hint}. {error}") from error
 
-def _verdict(error: BaseException, out: Path) -> tuple[int | None, str, str]:
-    """(exit code, reason, message) of a failure; no code: a crash, worth another start."""
-    if isinstance(error, ConfigError):
-        return EXIT_REFUSED, "config", str(error)
-    if isinstance(error, ExampleError):
-        return EXIT_REFUSED, "data", str(error)
-    if isinstance(error, NonFiniteError):
-        return EXIT_NON_FINITE, "non_finite", str(error)
-    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        return EXIT_REFUSED, "disk_full", f"{error.filename or out}: {error.strerror}; make room and resume"
-    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
-        return (
-            EXIT_MEMORY,
-            "out_of_memory",
-            f"out of memory: choose a smaller train.microbatch_size or data.max_length. {error}",
-        )
-    return None, "crash", f"{type(error).__name__}: {error}"
-
-
-def _end_failed(out: Path, status: Status | None, reason: str, message: str) -> None:
-    if status is not None:
-        status.end("failed", reason=reason, message=message)
-    else:
-        report_failure(out, reason, message)
+    return ending.carry(out, work, ExampleError)
 
 
 def _tune(
