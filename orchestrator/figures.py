@@ -11,11 +11,14 @@ _CONTROL = re.compile(
 )
 
 
-def dollars(value: float | None) -> str:
-    """`$1,234.56`; four decimals under ten cents, so that a local run's bill is not zero."""
+def dollars(value: float | None, of: float | None = None) -> str:
+    """`$1,234.56`; four decimals under ten cents, so that a local run's bill is not zero. A part of a sum, `of`, has as
+    many as the sum. What is not zero is never shown as zero."""
     if value is None:
         return NONE
-    return f"${value:,.4f}" if 0 < abs(value) < 0.1 else f"${value:,.2f}"
+    digits = 4 if 0 < abs(value if of is None else of) < 0.1 else 2
+    least = 10.0**-digits
+    return f"<${least:.{digits}f}" if 0 < value < least / 2 else f"${value:,.{digits}f}"
 
 
 def duration(seconds: float | None) -> str:

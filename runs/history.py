@@ -37,6 +37,8 @@ class Past:
     """It came to its end, so that each of its phases is whole."""
     evaluated_tokens: int = 0
     """Of all validations and test sets of its spec."""
+    uplink: float | None = None
+    """Bytes a second at which its data left this machine."""
 
     @property
     def device(self) -> str:
@@ -70,6 +72,7 @@ def past(row: Mapping[str, Any], spec: Mapping[str, Any]) -> Past | None:
         phases=_phases(row, nodes),
         finished=row.get("state") == "succeeded",
         evaluated_tokens=evaluated_tokens(read),
+        uplink=row.get("uplink"),
     )
 
 

@@ -30,15 +30,22 @@ USABLE = 0.92
 
 _BOOT = {"local": 5.0, "ssh": 5.0, "ec2": 60.0, "lambda": 60.0}
 """Billed seconds until SSH answers, without history."""
-_LAMBDA_BOOT = "Lambda bills from the moment the node is active; before that, booting takes a few minutes, with 8 GPUs up to 25"
+_NOTES = {
+    "lambda": "Lambda bills from the moment the node is active; before that, booting takes a few minutes, with 8 GPUs up to 25"
+}
+"""What a plan says beside its figures, by provider."""
 _PREPARE = {True: 90.0, False: 20.0}
 """Environment, first shards and, on a GPU, the first step's compiling."""
 _RELEASE = {True: 20.0, False: 2.0}
-_PULL_BYTES_PER_SECOND = {True: 10e6, False: 200e6}
-"""Checkpoints to a home connection (7 to 12 MB/s were published), and from a node on this machine."""
+_PULL_BYTES_PER_SECOND = {"local": 200e6}
+_PULLED_FROM_AFAR = 10e6
+"""Checkpoints from a node on this machine, and to a home connection (7 to 12 MB/s were published)."""
 _SAME = {"cuda": 0.1, "cpu": 0.15}
 _ALIKE = 0.2
 """Relative error where the same run has been here before, and where only its like has."""
+_RECENT = 5
+"""So many of the newest of the same runs tell how far such runs lie apart; the newest alone tells what to expect, since
+machines and versions change."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,8 @@ class Transfer:
     """Of the shards without which training cannot start."""
     bytes_per_second: float = 2.5e6
     """The uplink; 20 Mbit/s where nothing was measured."""
+    measured: bool = False
+    """By an earlier run that sent its data to the same provider."""
 
 
 @dataclass(frozen=True)
@@ -152,12 +161,13 @@ def predict(
     upload = 0.0
     if speed is not None:
         same = (item for item in reversed(history) if item.finished and alike(item, spec, offer) == "same")
-        phases, upload = _phases(
-            spec, offer, speed, next(same, None), history=history, transfer=transfer or Transfer()
-        )
+        if (newest := next(same, None)) is not None:
+            phases = _as_before(spec, newest)
+        else:
+            phases, upload = _modelled(spec, offer, speed, history, transfer or Transfer())
     cost = _cost(offer, spec.hardware.nodes, sum(phases.values())) if phases else None
-    if offer.provider == "lambda":
-        notes += (_LAMBDA_BOOT,)
+    if offer.provider in _NOTES:
+        notes += (_NOTES[offer.provider],)
     if gpu is None and spec.train.device == "cuda":
         notes += (
             f"{offer.gpu or 'no GPU'} is not in the GPU table, so memory and speed cannot be predicted",
@@ -191,13 +201,30 @@ def rank(predictions: Sequence[Prediction], by: Literal["usd", "hours"] = "usd")
     return sorted(predictions, key=key)
 
 
+def trades(chosen: Prediction, others: Sequence[Prediction]) -> list[str]:
+    """What the cheapest and the fastest of `others` would change, each where it beats `chosen`."""
+    if chosen.cost_usd is None or chosen.hours is None:
+        return []
+    known = [item for item in others if item.cost_usd is not None and item.hours is not None]
+    said = []
+    for word, order in (("cheapest", "usd"), ("fastest", "hours")):
+        best = next(iter(rank([chosen, *known], "usd" if order == "usd" else "hours")))
+        if best is chosen or best.cost_usd is None or best.hours is None:
+            continue
+        change, ratio = best.cost_usd - chosen.cost_usd, best.hours / chosen.hours
+        money = f"${abs(change):,.2f} {'less' if change < 0 else 'more'}"
+        time = f"{ratio:.1f} times as long" if ratio >= 1 else f"{1 / ratio:.1f} times as fast"
+        said.append(f"{word} that is free: {best.offer.instance_type}, {money}, {time}")
+    return said
+
+
 def verdict(prediction: Prediction, max_usd: float | None, max_hours: float | None) -> Verdict:
     """Whether a budget will hold: refused where even the optimistic end exceeds it, with by how much."""
     reasons: list[str] = []
     refused = False
     for value, limit, form in (
         (prediction.cost_usd, max_usd, "${:.2f}"),
-        (prediction.hours, max_hours, "{:.2f} hours"),
+        (prediction.hours, max_hours, "{:.2f} h"),
     ):
         if value is None or limit is None or value <= limit:
             continue
@@ -245,13 +272,12 @@ def _speed(
     spec: RunSpec, offer: Offer, gpu: Gpu | None, size: int, history: Sequence[Past]
 ) -> tuple[float | None, Basis, float | None, tuple[str, ...]]:
     """(tokens/s, what it rests on, relative error, notes)."""
-    same = [item.tokens_per_second for item in history if alike(item, spec, offer) == "same"]
+    same = [item.tokens_per_second for item in history if alike(item, spec, offer) == "same"][-_RECENT:]
     if same:
         spread = (max(same) - min(same)) / statistics.median(same) / 2
-        note = (
-            f"speed of {len(same)} earlier run{'s' * (len(same) > 1)} of this kind on {offer.instance_type}"
-        )
-        return statistics.median(same), "history", max(spread, _SAME[spec.train.device]), (note,)
+        newest = "an earlier run" if len(same) == 1 else f"the newest of {len(same)} runs"
+        note = f"as {newest} of this kind on {offer.instance_type} was"
+        return same[-1], "history", max(spread, _SAME[spec.train.device]), (note,)
     if gpu is None:
         return _scaled(spec, offer, history)
     modelled = roofline.predict(
@@ -291,7 +317,7 @@ def _scaled(
     if not near:
         note = "the speed of a CPU is known only from a run: none like this one has been made on this machine yet"
         return None, "unknown", None, (note,)
-    best = min(near, key=lambda item: abs(math.log(wanted / flops.flops_per_token(item.model))))
+    best = min(reversed(near), key=lambda item: abs(math.log(wanted / flops.flops_per_token(item.model))))
     factor = flops.flops_per_token(best.model) / wanted
     error = min(0.6, 0.2 + 0.3 * abs(math.log2(factor)))
     return (
@@ -302,53 +328,43 @@ def _scaled(
     )
 
 
-def _phases(
-    spec: RunSpec,
-    offer: Offer,
-    speed: float,
-    past: Past | None,
-    *,
-    history: Sequence[Past],
-    transfer: Transfer,
+_ORDER = ("booting", "preparing", "training", "evaluating", "idle", "collecting", "releasing")
+
+
+def _as_before(spec: RunSpec, past: Past) -> dict[str, float]:
+    """Seconds by phase of one node, as the same run took them before, scaled to this length."""
+    longer = spec.steps / past.steps
+    factors = {"training": longer, "idle": longer}  # most idle time lies between steps
+    if past.evaluated_tokens:
+        factors["evaluating"] = evaluated_tokens(spec) / past.evaluated_tokens
+    measured = {**past.phases, "training": past.training_seconds}
+    return {key: measured[key] * factors.get(key, 1.0) for key in _ORDER if measured.get(key)}
+
+
+def _modelled(
+    spec: RunSpec, offer: Offer, speed: float, history: Sequence[Past], transfer: Transfer
 ) -> tuple[dict[str, float], float]:
-    """(seconds by phase of one node, of which a node waits for uploads)."""
-    rented = spec.hardware.rented
-    training = past.training_seconds * spec.steps / past.steps if past and past.steps else spec.tokens / speed
-    if past is not None:
-        others = {key: value for key, value in past.phases.items() if key not in {"training", "redone"}}
-        scale = evaluated_tokens(spec) / past.evaluated_tokens if past.evaluated_tokens else 1.0
-        gaps = others.get("idle", 0.0) * spec.steps / past.steps  # between steps, most of it
-        phases = {
-            **others,
-            "evaluating": others.get("evaluating", 0.0) * scale,
-            "training": training,
-            "idle": gaps,
-        }
-        upload = 0.0
-    else:
-        upload = max(
-            transfer.first_bytes / transfer.bytes_per_second,
-            transfer.bytes / transfer.bytes_per_second - training,
-        )
-        upload = max(upload, 0.0)
-        near = [item.phases for item in history if same_machine(item, offer)]
-        defaults = {
-            "booting": _BOOT.get(offer.provider, 60.0),
-            "preparing": _PREPARE[spec.train.device == "cuda"],
-            "collecting": _pull_bytes(spec) / _PULL_BYTES_PER_SECOND[rented or offer.provider == "ssh"],
-            "releasing": _RELEASE[rented],
-        }
-        known = {key: statistics.median(item[key] for item in near if key in item)
-                 for key in defaults if any(key in item for item in near)}  # fmt: skip
-        phases = {
-            **defaults,
-            **known,
-            "training": training,
-            "evaluating": evaluated_tokens(spec) / (3 * speed),
-        }
-        phases["preparing"] += upload
-    order = ("booting", "preparing", "training", "evaluating", "idle", "collecting", "releasing")
-    return {key: phases[key] for key in order if phases.get(key)}, upload
+    """(seconds by phase of one node, of which it waits for uploads), of a run that has not been here yet."""
+    training = spec.tokens / speed
+    upload = max(
+        transfer.first_bytes / transfer.bytes_per_second,
+        transfer.bytes / transfer.bytes_per_second - training,
+        0.0,
+    )
+    expected = {
+        "booting": _BOOT.get(offer.provider, 60.0),
+        "preparing": _PREPARE[spec.train.device == "cuda"],
+        "training": training,
+        "evaluating": evaluated_tokens(spec) / (3 * speed),
+        "collecting": _pull_bytes(spec) / _PULL_BYTES_PER_SECOND.get(offer.provider, _PULLED_FROM_AFAR),
+        "releasing": _RELEASE[spec.hardware.rented],
+    }
+    near = [item.phases for item in history if same_machine(item, offer)]
+    for key in ("booting", "preparing", "collecting", "releasing"):
+        measured = [item[key] for item in near if key in item]
+        expected[key] = statistics.median(measured) if measured else expected[key]
+    expected["preparing"] += upload
+    return {key: expected[key] for key in _ORDER if expected.get(key)}, upload
 
 
 def _pull_bytes(spec: RunSpec) -> int:

@@ -29,6 +29,10 @@ class TokenizerError(ValueError):
     """A tokenizer that cannot be had; the message says which, and what to do."""
 
 
+class TokenizerUnreachable(TokenizerError):
+    """Its vocabulary is on the network, and nobody answers."""
+
+
 class Tokenizer(Protocol):
     """One encoding."""
 
@@ -72,8 +76,8 @@ class _Gpt2:
         try:
             self._encoding = tiktoken.get_encoding("gpt2")
         except (OSError, ValueError, ImportError) as error:
-            raise TokenizerError(
-                f"tiktoken cannot get its gpt2 vocabulary ({error}); it downloads it once, or reads it from TIKTOKEN_CACHE_DIR"
+            raise TokenizerUnreachable(
+                f"tiktoken cannot get its gpt2 vocabulary ({type(error).__name__}); it downloads it once, or reads it from TIKTOKEN_CACHE_DIR"
             ) from error
 
     def encode(self, text: str) -> list[int]:

@@ -78,7 +78,8 @@ def _for_spec(store: Store, spec: Any, *, gpu: str | None, everything: bool) -> 
         {"gpu": gpu} if gpu else {} if provider.traits.rented else planning.hardware(spec)
     )
     data, _ = planning.data_plan(spec, store.home)
-    sent, evidence = planning.transfer(data, provider.traits.rented), planning.history(store, provider.name)
+    evidence = planning.history(store, provider.name)
+    sent = planning.transfer(data, provider.traits.rented, evidence)
     usable = {offer.instance_type for offer in planning.distinct(spec, found)}
     lines = {
         line.offer.instance_type: line for line in _lines(found, everything=everything)

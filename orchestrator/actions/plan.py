@@ -19,8 +19,11 @@ if TYPE_CHECKING:
     from runs.facts import Offer
     from runs.history import Past
     from runs.predict import Prediction, Transfer, Verdict
+    from runs.record import RunRecord
     from runs.sections import RunSpec
 
+TELLING_BYTES = 5_000_000
+"""So much must have been sent for its speed to say something about the uplink."""
 PAST_RUNS = 200
 """Earlier runs of the provider that a prediction looks at, the newest."""
 
@@ -39,6 +42,7 @@ class Plan:
     max_usd: float | None
     max_hours: float | None
     data: DataPlan | None = None
+    transfer: Transfer | None = None
     warnings: tuple[str, ...] = field(default=())
 
     @property
@@ -50,6 +54,14 @@ class Plan:
     def exit_code(self) -> int:
         """5 where nothing fits: no offer at all, or over the budget."""
         return exits.NO_OFFER if self.chosen is None or self.verdict.refused else exits.OK
+
+    @property
+    def trades(self) -> list[str]:
+        """What a cheaper and a faster offer that are free would change, in words."""
+        from runs import predict
+
+        free = [item for item in self.others if item.offer.available and item.fits is not False]
+        return predict.trades(self.chosen, free) if self.chosen else []
 
     @property
     def price_text(self) -> str:
@@ -66,11 +78,7 @@ class Plan:
         if self.chosen is None:
             return [f"no offer of {self.spec.hardware.provider} fits the spec's hardware section"]
         offer, told = self.chosen.offer, self.chosen
-        where = (
-            f"{offer.instance_type} in {offer.region}"
-            if self.rented
-            else f"{offer.instance_type} ({offer.description})"
-        )
+        where = f"{offer.instance_type} {place(offer) if self.rented else f'({offer.description})'}"
         nodes = f"{self.nodes} × " if self.nodes > 1 else ""
         size = f"{count(told.parameters)} parameters, {count(self.spec.tokens)} tokens in {self.spec.steps} steps"
         lines = [f"plan: {nodes}{where} at {dollars(offer.usd_per_hour * self.nodes)}/h; {size}"]
@@ -106,6 +114,11 @@ def offer_document(offer: Offer, nodes: int = 1) -> dict[str, Any]:
         "gpus": offer.gpus, "nodes": nodes, "usd_per_hour": offer.usd_per_hour * nodes, "available": offer.available,
         "estimated": offer.tariff.estimated,
     }  # fmt: skip
+
+
+def place(offer: Offer) -> str:
+    """Where it is, in words."""
+    return f"in {offer.region}" if offer.region else "(sold out everywhere)"
 
 
 # ---------------------------------------------------------------- reading
@@ -154,9 +167,18 @@ def history(store: Store | None, provider: str) -> list[Past]:
         record = store.record(row["run"])
         if record is not None:
             seconds = charges.totals(record, record.ended_at or utcnow()).seconds_by_phase
-            item = past({**row, "seconds_by_phase": seconds}, record.spec)
+            item = past({**row, "seconds_by_phase": seconds, "uplink": _uplink(record)}, record.spec)
             found += [item] if item is not None else []
     return found
+
+
+def _uplink(record: RunRecord) -> float | None:
+    """Bytes a second at which a run's data left this machine; None where it sent too little to tell."""
+    lanes = [
+        lane for attempt in record.attempts for name, lane in attempt.lanes.items() if name.endswith("/data")
+    ]
+    sent = [lane for lane in lanes if lane.sent_bytes >= TELLING_BYTES and lane.seconds > 0]
+    return sent[-1].sent_bytes / sent[-1].seconds if sent else None
 
 
 def data_plan(spec: RunSpec, home: Path) -> tuple[DataPlan | None, list[str]]:
@@ -193,8 +215,8 @@ def make(store: Store | None, spec: RunSpec, limits: Limits | None = None) -> Pl
     provider = provider_of(spec, store)
     wanted = provider.offers(hardware(spec))
     data, warnings = data_plan(spec, store.home if store else default_home())
-    sent = transfer(data, provider.traits.rented)
     evidence = history(store, spec.hardware.provider)
+    sent = transfer(data, provider.traits.rented, evidence)
     free = [offer for offer in wanted if offer.available]
     choice = next(iter(free or wanted), None)
     chosen = predict.predict(spec, choice, evidence, sent) if choice is not None else None
@@ -204,9 +226,9 @@ def make(store: Store | None, spec: RunSpec, limits: Limits | None = None) -> Pl
     verdict = (
         predict.verdict(chosen, limit, spec.budget.max_hours) if chosen else predict.Verdict(refused=True)
     )
-    said = (*warnings, *_warnings(chosen), *verdict.reasons)
+    said = (*dict.fromkeys(warnings), *_warnings(chosen), *verdict.reasons)
     return Plan(spec, provider.traits.rented, chosen, tuple(predict.rank(others)), verdict, limit, spec.budget.max_hours,
-                data, said)  # fmt: skip
+                data, sent, said)  # fmt: skip
 
 
 def distinct(spec: RunSpec, offers: Iterable[Offer], besides: Offer | None = None) -> list[Offer]:
@@ -224,17 +246,20 @@ def distinct(spec: RunSpec, offers: Iterable[Offer], besides: Offer | None = Non
     return list(found.values())
 
 
-def transfer(data: DataPlan | None, rented: bool) -> Transfer:
-    """What this machine sends, and how fast."""
+def transfer(data: DataPlan | None, rented: bool, evidence: Sequence[Past] = ()) -> Transfer:
+    """What this machine sends, and how fast: as the newest run that sent enough to tell did."""
     from runs.predict import Transfer
 
+    # To a node on this machine or in this room bytes cost next to nothing; 20 Mbit/s is a home's uplink.
+    usual = 2.5e6 if rented else 200e6
+    measured = next((item.uplink for item in reversed(evidence) if item.uplink), None)
+    speed = measured or usual
     if data is None:
-        return Transfer() if rented else Transfer(bytes_per_second=200e6)
+        return Transfer(bytes_per_second=speed, measured=measured is not None)
     first = sum(
         item.bytes or 0 for item in data.shards if item.node_name in data.first and item.path is not None
     )
-    # To a node on this machine or in this room bytes cost next to nothing; 20 Mbit/s is a home's uplink.
-    return Transfer(data.local_bytes, first, 2.5e6 if rented else 200e6)
+    return Transfer(data.local_bytes, first, speed, measured is not None)
 
 
 def _warnings(chosen: Prediction | None) -> list[str]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from orchestrator.data.errors import DataError
+from orchestrator.data.errors import DataError, Offline
 from orchestrator.data.find import Finder, ObjectStore
 from orchestrator.data.hashes import HashCache, Progress, quiet
 from orchestrator.data.hub import HttpHub, Hub
@@ -120,8 +120,16 @@ def resolve(
         test_set = _named(item) if isinstance(item, str) else item
         files = [found for source in test_set.data for found in finder.find(source, "validation")]
         plans.append(cutter.slice(test_set, files, data.tokenizer))
-    return DataPlan(train, validation, tuple(plans), encode_prompts(data.tokenizer, prompts), needed_tokens, train_tokens,
-                    tuple(finder.warnings))  # fmt: skip
+    try:
+        prompt_tokens = encode_prompts(data.tokenizer, prompts)
+    except Offline as error:
+        if pinned:
+            raise
+        prompt_tokens = []
+        finder.warnings.append(f"the prompts were not tokenised: {error}")
+    return DataPlan(
+        train, validation, tuple(plans), prompt_tokens, needed_tokens, train_tokens, tuple(finder.warnings)
+    )
 
 
 def _named(name: str) -> TestSet:
@@ -187,6 +195,8 @@ def encode_prompts(tokenizer: str, prompts: Sequence[str]) -> list[list[int]]:
     """The prompts as tokens, since the node has no tokenizer. Raises DataError."""
     try:
         return [tokenize.encode(tokenizer, prompt) for prompt in prompts]
+    except tokenize.TokenizerUnreachable as error:
+        raise Offline(str(error)) from error
     except tokenize.TokenizerError as error:
         raise DataError(str(error)) from error
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from orchestrator.actions.dryrun import Rehearsal
     from orchestrator.actions.market import Line, Listing
     from orchestrator.actions.plan import Plan
+    from orchestrator.data.sources import DataPlan
     from runs.predict import Prediction
 
 SHOWN = 12
@@ -23,7 +24,7 @@ SHOWN = 12
 def plan(made: Plan) -> None:
     """Print a plan: the choice, its memory, its phases, and what else there is."""
     for text in made.lines():
-        render.line(text, style="yellow" if text.startswith("warning") else "")
+        render.note(text, style="yellow" if text.startswith("warning") else "")
     told = made.chosen
     if told is None:
         return
@@ -31,30 +32,75 @@ def plan(made: Plan) -> None:
     _model(made, told)
     _memory(told)
     _phases(told)
+    render.line()
     for note in told.notes:
-        render.line(f"note: {note}", style="dim")
+        render.note(f"note: {note}", style="dim")
     if made.others:
-        render.line()
-        render.heading("OTHER OFFERS, cheapest first")
-        render.table(_OFFERS, [told, *made.others[:SHOWN]])
+        _offers(told, made)
+
+
+def _offers(told: Prediction, made: Plan) -> None:
+    from runs import predict
+
+    everything = predict.rank([told, *made.others])
+    fastest = {id(item): place for place, item in enumerate(predict.rank(everything, "hours"), 1)}
+    shown = everything[:SHOWN] if told in everything[:SHOWN] else [*everything[: SHOWN - 1], told]
+    render.line()
+    render.heading("OFFERS, cheapest first (→ what the spec takes)")
+    columns = (
+        Column("", lambda item: "→" if item is told else "", right=False, keep=9),
+        *_OFFERS[:4],
+        Column("FASTEST", lambda item: str(fastest[id(item)]) if item.hours is not None else NONE, keep=4),
+        *_OFFERS[4:],
+    )
+    render.table(columns, shown)
+    for text in made.trades:
+        render.note(text, style="dim")
 
 
 def _model(made: Plan, told: Prediction) -> None:
     spec = made.spec
-    render.line(
-        f"model       {count(told.parameters)} parameters, {count(told.flops_per_token)} FLOPs per token = {flops.FORMULA}"
-    )
-    render.line(f"training    {spec.steps} steps of {spec.train.global_batch_size} × {spec.model.context_length} tokens"
+    render.fact("model",
+                f"{count(told.parameters)} parameters, {count(told.flops_per_token)} FLOPs per token = {flops.FORMULA}")  # fmt: skip
+    render.fact("training", f"{spec.steps:,} steps of {spec.train.global_batch_size} × {spec.model.context_length} tokens"
                 f" = {count(spec.tokens)} tokens")  # fmt: skip
     if made.data is not None:
-        epochs = f", {made.data.epochs:.2f} epochs" if made.data.epochs is not None else ""
-        upload = f"; waiting for them costs {dollars(told.upload_usd)}" if told.upload_usd else ""
-        render.line(f"data        {size(made.data.local_bytes)} from this machine, {size(made.data.remote_bytes)} fetched by the node"
-                    f"{epochs}{upload}")  # fmt: skip
+        render.fact("data", _data(made.data))
+    if (waiting := _upload(made, told)) is not None:
+        render.fact("upload", waiting)
     if told.tokens_per_second is not None:
         mfu = f", MFU {percent(told.mfu)}" if told.mfu is not None else ""
-        error = f" ± {percent(told.error)}" if told.error is not None else ""
-        render.line(f"speed       {count(told.tokens_per_second)} tokens/s{error}{mfu}, from {told.basis}")
+        error = f" ± {told.error:.0%}" if told.error is not None else ""
+        render.fact("speed", f"{count(told.tokens_per_second)} tokens/s{error}{mfu}, from {told.basis}")
+
+
+def _data(data: DataPlan) -> str:
+    parts = []
+    if data.local_bytes:
+        parts.append(f"{size(data.local_bytes)} from this machine")
+    if any(shard.url is not None for shard in data.shards):
+        unknown = any(shard.url is not None and shard.bytes is None for shard in data.shards)
+        known = size(data.remote_bytes) if data.remote_bytes else ""
+        parts.append(
+            f"{known or 'files of unknown size'} fetched by the node"
+            + (" at least" if known and unknown else "")
+        )
+    if data.epochs is not None:
+        parts.append(f"read {data.epochs:.2f} times")
+    return ", ".join(parts)
+
+
+def _upload(made: Plan, told: Prediction) -> str | None:
+    """What it costs that a node waits for data from this machine; None where that is nothing to speak of."""
+    if made.transfer is None or told.upload_usd < max(0.005, 0.005 * (told.cost_usd or 0.0)):
+        return None
+    seconds = told.upload_usd / (told.offer.usd_per_hour * made.nodes) * 3600
+    speed = f"{made.transfer.bytes_per_second * 8 / 1e6:.0f} Mbit/s"
+    basis = "as an earlier run measured" if made.transfer.measured else "assumed: no run has measured it"
+    return (
+        f"the node waits {duration(seconds)} for data from this machine at {speed} ({basis}): {dollars(told.upload_usd)} of idle"
+        " GPUs. Shards in S3 or on the Hub cost none of it (`llmctl data push`)"
+    )
 
 
 def _memory(told: Prediction) -> None:
@@ -63,9 +109,13 @@ def _memory(told: Prediction) -> None:
     parts = ", ".join(
         f"{name.replace('_', ' ')} {value:.2f}" for name, value in told.memory_parts_gib.items()
     )
-    fits = {True: "fits", False: "DOES NOT FIT", None: "the GPU's memory is not known"}[told.fits]
+    from trainer.gpus import GPUS
+
+    gpu = GPUS.get(told.offer.gpu) if told.offer.gpu else None
+    of = f" of {gpu.memory_gib:.0f}" if gpu and told.fits is not None else ""
+    fits = {True: ", fits", False: ", DOES NOT FIT", None: ""}[told.fits]
     micro = f", microbatch {told.microbatch_size}" if told.microbatch_size else ""
-    render.line(f"memory      {told.memory_gib:.2f} GiB a process ({fits}{micro}): {parts}")
+    render.fact("memory", f"{told.memory_gib:.2f}{of} GiB a process{fits}{micro}: {parts}")
 
 
 def _phases(told: Prediction) -> None:
@@ -76,7 +126,7 @@ def _phases(told: Prediction) -> None:
     columns = (
         Column("PHASE", lambda item: item[0], right=False, keep=9),
         Column("TIME", lambda item: duration(item[1]), keep=9),
-        Column("COST", lambda item: dollars(cost[item[0]]), keep=9),
+        Column("COST", lambda item: dollars(cost[item[0]], told.cost_usd), keep=9),
     )
     render.table(columns, list(told.phases.items()))
 
@@ -107,6 +157,7 @@ def offers(found: Listing) -> None:
         render.line("No offers. `--all` also shows what is sold out; `llmctl doctor` checks the providers.")
         return
     predicted = any(line.predicted for line in found.lines)
+    fastest = _places(found)
     columns = (
         Column("TYPE", lambda line: line.offer.instance_type, right=False, keep=9),
         Column("AT", lambda line: line.offer.provider, right=False, keep=6),
@@ -119,9 +170,24 @@ def offers(found: Listing) -> None:
         Column("$/H", lambda line: dollars(line.offer.usd_per_hour), keep=9),
         Column("$/GPU-H", _per_gpu, keep=8),
         *(_PREDICTED if predicted else ()),
+        *([Column("FASTEST", lambda line: fastest.get(id(line), NONE), keep=4)] if predicted else []),
         Column("REGIONS", lambda line: ", ".join(line.regions) or "sold out", right=False, keep=3),
     )
     render.table(columns, found.lines)
+    if predicted:
+        bases = sorted({line.predicted.basis for line in found.lines if line.predicted} - {"unknown"})
+        render.note(
+            f"cheapest first; hours and dollars of the whole run, from {' and '.join(bases)}", style="dim"
+        )
+
+
+def _places(found: Listing) -> dict[int, str]:
+    """By identity of a line: its place in the order of hours."""
+    known = [line for line in found.lines if line.predicted is not None and line.predicted.hours is not None]
+    known.sort(
+        key=lambda line: (line.predicted.fits is False, line.predicted.hours) if line.predicted else (True, 0)
+    )
+    return {id(line): str(place) for place, line in enumerate(known, 1)}
 
 
 _PREDICTED = (
@@ -131,6 +197,10 @@ _PREDICTED = (
         keep=7,
     ),
     Column("COST", lambda line: dollars(line.predicted.cost_usd), keep=9),
+    Column(
+        "±", lambda line: f"{line.predicted.error:.0%}" if line.predicted.error is not None else NONE, keep=5
+    ),
+    Column("TOK/S", lambda line: count(line.predicted.tokens_per_second), keep=4),
     Column("FITS", lambda line: {True: "yes", False: "no", None: "?"}[line.predicted.fits], keep=6),
 )
 

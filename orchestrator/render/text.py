@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
@@ -125,3 +126,26 @@ def heading(text: str) -> None:
 def line(text: str = "", *, style: str = "") -> None:
     """A line on stdout; longer ones are wrapped by the terminal alone."""
     console().print(sane(text), style=style, soft_wrap=True)
+
+
+def note(text: str, *, style: str = "", indent: int = 2) -> None:
+    """A sentence on stdout: in a terminal wrapped between words, elsewhere one line."""
+    line(wrapped(text, indent) if sys.stdout.isatty() else text, style=style)
+
+
+def fact(name: str, text: str) -> None:
+    """A name and what is to be said of it, wrapped like a note and indented behind the name."""
+    note(f"{name:<12}{text}", indent=12)
+
+
+def wrapped(text: str, indent: int) -> str:
+    """`text` in lines that fit the terminal, all but the first indented; words that are longer than a line stay whole."""
+    return "\n".join(
+        textwrap.wrap(
+            sane(text),
+            max(20, width() - 1),
+            subsequent_indent=" " * indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    )

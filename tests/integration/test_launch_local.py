@@ -54,6 +54,13 @@ def test_launch_trains_collects_releases_and_prices(cli: Cli) -> None:
     (row,) = cli.json("compare")
     assert row["run"] == run and row["cost_usd"] == cli.show(run)["cost_usd"]
     assert row["validation_loss"] < 5.6
+    predicted = cli.json("plan", "run.yaml")["predicted"]
+    assert predicted["basis"] == "history", (
+        "the same again is expected to be the same again, whatever this machine's speed"
+    )
+    assert predicted["cost_usd"] == pytest.approx(row["cost_usd"], rel=0.01)
+    hours = predicted["training_hours"] + predicted["overhead_hours"]
+    assert hours == pytest.approx(row["billed_hours"], rel=0.01)
     log = cli.run("tail", run, "--no-follow").stdout.splitlines()
     assert len(log) == len((cli.home / "runs" / run / "train.log").read_text().splitlines())
 

@@ -54,6 +54,27 @@ def test_history_makes_a_prediction_and_a_budget_that_it_exceeds_refuses(home: P
         planning.refuse(poor)
 
 
+def test_the_uplink_of_an_earlier_run_prices_the_upload(home: Path) -> None:
+    seed = Seed(home / "home").finished()  # 7,000,000 bytes in 18 seconds
+    evidence = planning.history(seed.store, "local")
+    sent = planning.transfer(planning.make(None, spec(home)).data, True, evidence)
+    assert (sent.measured, sent.bytes_per_second) == (True, pytest.approx(7_000_000 / 18))
+    assert planning.transfer(None, True).bytes_per_second == 2.5e6
+
+
+def test_a_plan_without_a_network_goes_on_without_the_prompts(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trainer import tokenize
+
+    def unreachable(*_: object) -> list[int]:
+        raise tokenize.TokenizerUnreachable("nobody answers")
+
+    monkeypatch.setattr(tokenize, "encode", unreachable)
+    made = planning.make(None, spec(home, evaluate={"prompts": ["Every effort"]}))
+    assert made.exit_code == 0 and any("prompts were not tokenised" in text for text in made.warnings)
+
+
 def test_no_offer_is_refused(home: Path) -> None:
     made = planning.make(None, spec(home, hardware={"provider": "local", "gpu": "H100:8"}))
     assert made.chosen is None and made.exit_code == 5

@@ -20,6 +20,7 @@ from runs.predict import (
     microbatch,
     predict,
     rank,
+    trades,
     verdict,
 )
 from runs.spec import RunSpec, parse
@@ -260,6 +261,56 @@ def test_a_local_cpu_run_with_history_is_predicted() -> None:
     assert (wider.tokens_per_second or 0) < 15_500
     assert (wider.error or 0) > (found.error or 0)
     assert predict(quickstart("model.emb_dim=1024", "model.n_layers=12"), LOCAL, [before]).basis == "unknown"
+
+
+# Seconds by phase of four runs of the quickstart on one machine with two cores, in their order: two beside other work, two
+# alone; and the dollars that were billed for each at $1.20/h.
+RECORDED = [
+    ({"booting": 0.22, "preparing": 8.98, "training": 42.67, "evaluating": 6.74, "idle": 3.38, "collecting": 0.04,
+      "releasing": 0.08}, 0.020703),
+    ({"booting": 0.24, "preparing": 7.10, "training": 39.34, "evaluating": 4.68, "idle": 3.38, "collecting": 0.03,
+      "releasing": 0.05}, 0.018273),
+    ({"booting": 0.24, "preparing": 5.25, "training": 27.99, "evaluating": 3.00, "idle": 1.60, "collecting": 0.03,
+      "releasing": 0.05}, 0.012719),
+    ({"booting": 0.22, "preparing": 4.01, "training": 27.71, "evaluating": 3.45, "idle": 1.68, "collecting": 0.03,
+      "releasing": 0.05}, 0.012381),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("known", "next_one"), [(1, 1), (3, 3)])
+def test_a_recorded_run_predicts_the_next_one_within_15_percent(known: int, next_one: int) -> None:
+    spec = quickstart()
+    history = [
+        evidence(
+            spec, LOCAL, phases=phases, training_seconds=phases["training"],
+            tokens_per_second=spec.tokens / phases["training"], evaluated_tokens=evaluated_tokens(spec),
+        )
+        for phases, _ in RECORDED[:known]
+    ]  # fmt: skip
+    found = predict(quickstart("train.seed=43"), LOCAL, history)
+    phases, billed_usd = RECORDED[next_one]
+    assert found.hours == pytest.approx(sum(phases.values()) / 3600, rel=0.15)
+    assert found.cost_usd == pytest.approx(billed_usd, rel=0.15)
+    # Another batch of as many tokens is no longer the same run; its error bar holds what was measured.
+    other = predict(
+        quickstart("train.steps=150", "train.global_batch_size=32", "train.microbatch_size=16"),
+        LOCAL,
+        history,
+    )
+    assert (other.low_usd or 9) < billed_usd < (other.high_usd or 0)
+
+
+def test_what_a_cheaper_and_a_faster_offer_would_change_is_said() -> None:
+    eight, one = (predict(gpt2(), item) for item in (H100, ONE_H100))
+    (cheaper,) = trades(eight, [one])
+    assert (
+        cheaper.startswith("cheapest that is free: gpu_1x_h100_sxm5, $")
+        and "less" in cheaper
+        and "as long" in cheaper
+    )
+    (faster,) = trades(one, [eight])
+    assert "gpu_8x_h100_sxm5" in faster and "more" in faster and "as fast" in faster
+    assert trades(eight, []) == trades(predict(quickstart(), LOCAL), [one]) == []
 
 
 def test_data_on_this_machine_costs_idle_gpus() -> None:

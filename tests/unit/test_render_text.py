@@ -19,10 +19,27 @@ from tests.seeds import Seed, at
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, "-"), (0, "$0.00"), (0.0123, "$0.0123"), (1.5, "$1.50"), (12345.678, "$12,345.68")],
+    [
+        (None, "-"),
+        (0, "$0.00"),
+        (0.0123, "$0.0123"),
+        (1.5, "$1.50"),
+        (12345.678, "$12,345.68"),
+        (1e-7, "<$0.0001"),
+    ],
 )
 def test_dollars(value: float | None, text: str) -> None:
     assert dollars(value) == text
+
+
+def test_parts_of_a_sum_have_its_decimals_and_are_not_zero() -> None:
+    assert [dollars(value, 10.11) for value in (9.5, 0.056, 0.001, 0.0)] == [
+        "$9.50",
+        "$0.06",
+        "<$0.01",
+        "$0.00",
+    ]
+    assert dollars(0.2, 0.05) == "$0.2000"
 
 
 @pytest.mark.parametrize(
