@@ -136,7 +136,8 @@ def rows(entries: Sequence[Entry], test_set: str | None = None) -> list[Row]:
         if chosen is None:
             chosen = max(item.test_losses, key=lambda name: (counts[name], name), default=None)
         loss = item.test_losses.get(chosen) if chosen else None
-        result.append({**item.row, "test_loss": loss, "test_set": chosen if loss is not None else None})
+        test = {"test_loss": loss, "test_set": chosen if loss is not None else None}
+        result.append({**item.row, **test, "published_by": item.facts.get("published_by")})
     return result
 
 
@@ -306,9 +307,10 @@ class Difference:
 
 
 def diff(
-    left: Entry, right: Entry, test_set: str | None = None, sigma: float | None = None
+    left: Entry, right: Entry, test_set: str | None = None, sigmas: Mapping[str, float] | None = None
 ) -> list[Difference]:
-    """What differs between two runs: in spec, hardware and versions, and then in result."""
+    """What differs between two runs: in spec, hardware and versions, and then in result; `sigmas` is the noise of each
+    loss column, as far as it is known."""
     found = _changes("spec", flat(left.spec or {}), flat(right.spec or {}))
     hardware = ("provider", "instance_type", "gpu", "gpus", "microbatch_size")
     found += _changes(
@@ -326,7 +328,9 @@ def diff(
     for key in COLUMNS:
         if key in _TEXT or key in {"gpus", "microbatch_size"} or one[key] == other[key]:
             continue
-        found.append(Difference("result", key, one[key], other[key], _note(key, one, other, sigma)))
+        found.append(
+            Difference("result", key, one[key], other[key], _note(key, one, other, (sigmas or {}).get(key)))
+        )
     return found
 
 

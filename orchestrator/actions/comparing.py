@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from orchestrator.errors import Invalid, Usage
 from runs import compare
@@ -46,6 +47,8 @@ class Table:
     """Loss column → rows as good as the best on their set."""
     front: frozenset[int] = frozenset()
     """Rows that no other beats in both loss and dollars."""
+    fast: frozenset[int] = frozenset()
+    """Rows that no other beats in both loss and billed hours."""
 
 
 def entries(store: Store, ask: Ask) -> list[compare.Entry]:
@@ -102,12 +105,15 @@ def _table(store: Store, ask: Ask, *, bare: bool) -> Table:
         if sentence:
             noise[loss] = sentence
         best[loss] = good
-    front = [
-        index for loss in ("validation_loss", "test_loss") for index in compare.pareto(ranked, loss=loss)
-    ]
     return Table(
-        ranked, ask.columns, totals=compare.totals(ranked), noise=noise, best=best, front=frozenset(front)
-    )
+        ranked, ask.columns, totals=compare.totals(ranked), noise=noise, best=best, front=_front(ranked, "cost_usd"),
+        fast=_front(ranked, "billed_hours"),
+    )  # fmt: skip
+
+
+def _front(rows: list[dict[str, Any]], cost: Literal["cost_usd", "billed_hours"]) -> frozenset[int]:
+    losses = ("validation_loss", "test_loss")
+    return frozenset(index for loss in losses for index in compare.pareto(rows, cost, loss))
 
 
 def _check_columns(ask: Ask) -> None:
@@ -136,10 +142,17 @@ def _noise(
             noises[name] = one
     if not noises:
         return "", frozenset()
+    good = compare.as_good_as_best(rows, loss, noises)
+    # One alone is the best, and as good as nothing.
+    members = Counter(rows[index][of] for index in good)
+    good = [index for index in good if members[rows[index][of]] > 1]
     told = ", ".join(
-        f"{one.sigma:.4f} on {name} ({one.source})" for name, one in sorted(noises.items(), key=str)
+        f"{one.sigma:.4f} on {name} ({_SOURCES[one.source]})" for name, one in sorted(noises.items(), key=str)
     )
-    return f"noise (1 sigma) of {loss}: {told}", frozenset(compare.as_good_as_best(rows, loss, noises))
+    return f"one sigma of {loss}: {told}", frozenset(good)
+
+
+_SOURCES = {"given": "as given", "seeds": "from repeated seeds", "published": "as published"}
 
 
 def difference(store: Store, ask: Ask) -> list[dict[str, Any]]:
@@ -147,11 +160,16 @@ def difference(store: Store, ask: Ask) -> list[dict[str, Any]]:
     if ask.runs is None or len(ask.runs) != 2:
         raise Usage("--diff compares two runs", "llmctl compare A B --diff")
     left, right = entries(store, ask)[-2:]
-    sigma = ask.sigma
-    if sigma is None:
-        known = compare.noise(entries(store, Ask()), "validation_loss", left.row["validation_set"])
-        sigma = known.sigma if known else None
-    found = compare.diff(left, right, ask.test_set, sigma)
+    everything = [] if ask.sigma is not None else entries(store, Ask())
+    chosen = ask.test_set or next((name for name in left.test_losses if name in right.test_losses), None)
+    sets = {
+        "validation_loss": left.row["validation_set"],
+        "train_loss": left.row["train_set"],
+        "test_loss": chosen,
+    }
+    known = {loss: compare.noise(everything, loss, name, ask.sigma) for loss, name in sets.items() if name}
+    sigmas = {loss: one.sigma for loss, one in known.items() if one is not None}
+    found = compare.diff(left, right, ask.test_set, sigmas)
     return [
         {
             "part": item.part,

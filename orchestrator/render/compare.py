@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import string
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,22 @@ _DEFAULT = (
     "test_loss", "test_set", "tokens_per_second", "mfu", "training_hours", "billed_hours", "training_usd", "cost_usd",
     "usd_per_billion_tokens", "overhead_fraction",
 )  # fmt: skip
+
+
+_LEFT = {
+    "run",
+    "state",
+    "gpu",
+    "validation_set",
+    "test_set",
+    "name",
+    "source",
+    "started",
+    "provider",
+    "instance_type",
+}
+_NAMED_BELOW = {"validation_set", "test_set"}
+"""In a terminal's table the sets are named in a line under it: they are long, and losses without them mislead."""
 
 
 def cell(key: str, value: Any) -> str:
@@ -86,25 +103,52 @@ def _blank(rows: Sequence[dict[str, Any]], key: str) -> bool:
 
 def _table(table: Table) -> None:
     marks = {id(row): index for index, row in enumerate(table.rows)}
+    letters = {} if table.grouped else _letters(table)
     columns = [
         Column(
             _SHORT.get(key, key.upper()),
-            _marked(table, key, marks),
-            right=key
-            not in {"run", "state", "gpu", "validation_set", "test_set", "name", "source", "started"},
+            _marked(table, key, marks, letters),
+            right=key not in _LEFT,
             keep=9 if table.columns or (table.grouped and index < 2) else _KEEP.get(key, 2),
             style=render.state_style if key == "state" else None,
         )
         for index, key in enumerate(_keys(table, short=True))
-        if table.columns or _KEEP.get(key, 2) >= 9 or not _blank(table.rows, key)
+        if table.columns
+        or _KEEP.get(key, 2) >= 9
+        or not (_blank(table.rows, key) or (key in _NAMED_BELOW and not table.grouped))
     ]
     render.table(columns, table.rows)
-    _notes(table)
+    _notes(table, letters)
 
 
-def _marked(table: Table, key: str, marks: dict[int, int]) -> Callable[[dict[str, Any]], str]:
+def _letters(table: Table) -> dict[Any, str]:
+    """Set → the letter that stands behind its losses; none where each loss column has but one set."""
+    sets: dict[Any, None] = {}
+    mixed = False
+    for loss, of in compare.LOSSES.items():
+        mine = dict.fromkeys(row.get(of) for row in table.rows if row.get(loss) is not None)
+        mixed = mixed or len(mine) > 1
+        if loss != "train_loss" or len(mine) > 1:
+            sets |= mine
+    names = [
+        *string.ascii_lowercase,
+        *(one + two for one in string.ascii_lowercase for two in string.ascii_lowercase),
+    ]
+    return dict(zip(sets, names, strict=False)) if mixed else {}
+
+
+def _marked(
+    table: Table, key: str, marks: dict[int, int], letters: dict[Any, str]
+) -> Callable[[dict[str, Any]], str]:
     known: dict[Any, str] = {}
-    noted = table.grouped or key == "cost_usd" or key in table.best
+    noted = (
+        table.grouped
+        or key in {"cost_usd", "billed_hours"}
+        or key in table.best
+        or (letters and key in compare.LOSSES)
+    )
+    room = any(key in table.noise and index in table.best.get(key, ()) for index in range(len(table.rows)))
+    fronts = {"cost_usd": table.front, "billed_hours": table.fast}.get(key, frozenset())
 
     def text(row: dict[str, Any]) -> str:
         value = row.get(key)
@@ -116,30 +160,70 @@ def _marked(table: Table, key: str, marks: dict[int, int]) -> Callable[[dict[str
         if not noted:
             return shown
         index = marks[id(row)]
-        spread = row.get(f"{key}_sd") if table.grouped else None
-        if spread is not None:
+        if spread := row.get(f"{key}_sd") if table.grouped else None:
             shown += f" ± {cell(key, spread)}"
-        if key in table.best and index in table.best[key]:
-            shown += " ≈" if key in table.noise else ""
-        return shown + (" *" if key == "cost_usd" and index in table.front else "")
+        if letters and key in compare.LOSSES and value is not None:
+            shown += f" {letters.get(row.get(compare.LOSSES[key]) or '', '')}"
+        if room:
+            shown += " ≈" if index in table.best[key] else "  "
+        return shown + ((" *" if index in fronts else "  ") if fronts else "")
 
     return text
 
 
-def _notes(table: Table) -> None:
+def _notes(table: Table, letters: dict[Any, str]) -> None:
     if table.grouped:
         return
+    _legend(table, letters)
     totals = table.totals
     if totals.get("runs"):
         render.line()
-        render.line(
+        render.note(
             f"{totals['runs']} {'run' if totals['runs'] == 1 else 'runs'}: {dollars(totals['cost_usd'])}, of which training {dollars(totals['training_usd'])};"
             f" {hours(totals['billed_hours'])} node-hours billed, {count(totals['tokens'])} tokens"
         )
-    if table.front:
-        render.line("* no other run on the same set has both a lower loss and a lower cost", style="dim")
-    for sentence in table.noise.values():
-        render.line(f"≈ as good as the best; {sentence}", style="dim")
+    for text in _marks(table):
+        render.note(text, style="dim")
+    for text in _sources(table):
+        render.note(text, style="dim")
+
+
+def _marks(table: Table) -> list[str]:
+    """What the marks in the cells mean."""
+    said = []
+    if table.front or table.fast:
+        said.append(
+            "* no other run on the same set has both a lower loss and a lower cost (at BILLED H: fewer hours)"
+        )
+    if any(table.best.get(key) for key in table.noise):
+        said.append("≈ within the noise of the best on its set (1.96 sigma of a difference)")
+    return said + list(table.noise.values())
+
+
+def _legend(table: Table, letters: dict[Any, str]) -> None:
+    """What the losses were measured on."""
+    if letters:
+        said = [
+            f"losses on different sets are not comparable: {', '.join(f'{mark} {name}' for name, mark in letters.items())}"
+        ]
+    else:
+        named = ((loss, next((row.get(of) for row in table.rows if row.get(loss) is not None), None))
+                 for loss, of in compare.LOSSES.items())  # fmt: skip
+        said = [
+            ", ".join(f"{_SHORT[loss]} on {name}" for loss, name in named if name and loss != "train_loss")
+        ]
+    render.line()
+    for text in filter(None, said):
+        render.note(text, style="dim")
+
+
+def _sources(table: Table) -> list[str]:
+    """Who published what, a line a source."""
+    found: dict[str, list[str]] = {}
+    for row in table.rows:
+        if row.get("published_by"):
+            found.setdefault(row["published_by"], []).append(row["name"])
+    return [f"source: {source}: {'; '.join(names)}" for source, names in found.items()]
 
 
 def _csv(table: Table) -> None:
@@ -158,26 +242,26 @@ def _markdown(table: Table) -> None:
         for key in _keys(table, short=True)
         if table.columns or key == "run" or not _blank(table.rows, key)
     ]
-    lines = ["| " + " | ".join(keys) + " |", "|" + "|".join(" --- " for _ in keys) + "|"]
+    marks = {id(row): index for index, row in enumerate(table.rows)}
+    cells = [_marked(table, key, marks, {}) for key in keys]
+    sides = (" --- " if key in _LEFT else " ---: " for key in keys)
+    lines = ["| " + " | ".join(keys) + " |", "|" + "|".join(sides) + "|"]
     for row in table.rows:
-        values = [row.get(key) if key != "run" or row.get(key) else row.get("name") for key in keys]
-        lines.append(
-            "| "
-            + " | ".join(
-                sane(cell(key, value)).replace("|", "\\|") for key, value in zip(keys, values, strict=True)
-            )
-            + " |"
-        )
-    sys.stdout.write("\n".join(lines) + "\n")
+        values = (sane(one(row)).strip().replace("|", "\\|").replace("*", "\\*") for one in cells)
+        lines.append("| " + " | ".join(values) + " |")
+    said = [*_marks(table), *_sources(table)]
+    sys.stdout.write("\n".join([*lines, *(f"\n{text}".replace("*", "\\*") for text in said)]) + "\n")
 
 
 def _html(table: Table) -> None:
     from html import escape
 
     keys = _keys(table, short=False)
+    marks = {id(row): index for index, row in enumerate(table.rows)}
+    cells = [_marked(table, key, marks, {}) for key in keys]
     head = "".join(f"<th>{escape(key)}</th>" for key in keys)
     body = "\n".join(
-        "<tr>" + "".join(f"<td>{escape(sane(cell(key, row.get(key))))}</td>" for key in keys) + "</tr>"
+        "<tr>" + "".join(f"<td>{escape(sane(one(row)).strip())}</td>" for one in cells) + "</tr>"
         for row in table.rows
     )
     sys.stdout.write(f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>\n")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from orchestrator.actions.comparing import Table
     from runs.store import Store
 
+WIDEST = 160
 LETTERS = string.ascii_lowercase + string.ascii_uppercase
 """One curve, one letter: told apart without colours too."""
 
@@ -33,7 +34,9 @@ class Drawn:
 def plot(store: Store, table: Table, over: str) -> None:
     """Print the curves of the table's runs, and their losses against dollars, one chart for each set."""
     shown = [row["run"] for row in table.rows if row.get("run")]
-    curves = [Drawn(run, *curve(store, run, over), line=True) for run in shown]
+    # Each point the mean of its neighbours: a column of the terminal shows no more.
+    cells = max(30, min(render.width(), WIDEST) // 2)
+    curves = [Drawn(run, *curve(store, run, over, points=cells), line=True) for run in shown]
     curves = [item for item in curves if len(item.xs) > 1]
     if curves:
         chart(curves, f"training loss over {over}")
@@ -63,7 +66,7 @@ def chart(items: Sequence[Drawn], title: str) -> None:
     figure = plotext.figure
     figure.clear()
     figure.theme("simple" if colour else "colorless")
-    figure.plot_size(min(render.width(), 160), 20)
+    figure.plot_size(min(render.width(), WIDEST), 20)
     figure.title(title)
     figure.legend(False)
     for index, item in enumerate(items):

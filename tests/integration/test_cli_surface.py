@@ -218,6 +218,10 @@ def test_compare_puts_loss_beside_dollars_in_every_form(cli: Cli) -> None:
     assert cli.run("compare", "--format", "md").stdout.startswith("| run |")
     assert cli.run("compare", "--format", "html").stdout.startswith("<table>")
     assert "loss over" in cli.run("compare", "--plot").stdout
+    text = cli.run("compare", "--published").stdout
+    # Two test sets, and a validation: each loss says on what, in a table of any width, and each source is named.
+    assert "3.2722 c" in text and "3.6740 b" in text and "a validation-" in text and "c fineweb-llmc" in text
+    assert "source: gilesthomas.com" in text and "0.070 *" in text
     published = cli.json("compare", "--published")
     assert {row["source"] for row in published} == {"run", "published"}
     (line,) = [row for row in cli.json("compare", "demo", "other", "--diff") if row["key"] == "cost_usd"]

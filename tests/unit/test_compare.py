@@ -254,7 +254,10 @@ def test_the_difference_of_two_runs() -> None:
                 evaluations=[{"kind": "test_set", "name": "other", "loss": 1.0}]),
         spec(learning_rate=1e-3, seed=1),
     )  # fmt: skip
-    found = {(item.part, item.key): item for item in diff(left, right, sigma=0.0155)}
+    found = {
+        (item.part, item.key): item
+        for item in diff(left, right, sigmas={"validation_loss": 0.0155, "test_loss": 0.0155})
+    }
     assert (found["spec", "train.learning_rate"].left, found["spec", "train.learning_rate"].right) == (
         4e-4,
         1e-3,
