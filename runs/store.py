@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -164,7 +164,6 @@ class Store:
     ) -> dict[str, RunRecord]:
         """Write the rows of changed records; the runs with their nodes."""
         from runs.record import view
-        from runs.summary import summarise
 
         views: dict[str, RunRecord] = {}
         for key, node in nodes.items():
@@ -174,10 +173,10 @@ class Store:
                 (key, node.run, node.provider, not node.settled, node.model_dump_json()),
             )
         for run, bare in runs.items():
-            mine = [nodes.get(node.key, node) for node in self._select(run, bare)]
+            mine = [nodes.get(node.key, node) for node in self._mine(run, bare, nodes)]
             views[run] = record = view(bare, tuple(mine))
             values = (bare.name, bare.created_at.isoformat(), record.state, bare.live, bare.epoch)
-            summary = json.dumps(summarise(record, at), allow_nan=False)
+            summary = self._summary(record, at)
             self._db.execute(
                 "INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (run) DO UPDATE SET name=excluded.name,"
                 " state=excluded.state, live=excluded.live, epoch=excluded.epoch, record=excluded.record,"
@@ -185,6 +184,21 @@ class Store:
                 (run, *values, bare.model_dump_json(), summary),
             )
         return views
+
+    def _mine(self, run: str, bare: RunRecord, changed: Mapping[str, NodeRecord]) -> Iterable[NodeRecord]:
+        """The nodes of a run in a commit: those of the last view, unless there may be others."""
+        known = self._views.get(run)
+        if known is not None:
+            keys = {node.key for node in known.nodes}
+            wanted = {key for attempt in bare.attempts for key in attempt.keys} | changed.keys()
+            if wanted <= keys:
+                return known.nodes
+        return self._select(run, bare)
+
+    def _summary(self, record: RunRecord, at: datetime) -> str:
+        from runs.summary import summarise
+
+        return json.dumps(summarise(record, at), allow_nan=False)
 
     def rebuild(self) -> None:
         """Make all rows anew from the events, which are the truth."""
@@ -241,8 +255,12 @@ class Store:
 
     def _select(self, run: str, bare: RunRecord) -> list[NodeRecord]:
         """The nodes that a run intended, and those that it took over from another."""
-        keys = [key for attempt in bare.attempts for key in attempt.keys]
-        return self._parsed(f"run = ? OR key IN ({','.join('?' * len(keys))})", [run, *keys])
+        from runs.facts import run_of
+
+        others = [key for attempt in bare.attempts for key in attempt.keys if run_of(key) != run]
+        if not others:  # an empty list would make SQLite read every node there is
+            return self._parsed("run = ?", [run])
+        return self._parsed(f"run = ? OR key IN ({','.join('?' * len(others))})", [run, *others])
 
     def record(self, run: str) -> RunRecord | None:
         """The record of a run with its nodes, as one commit left them, or None."""

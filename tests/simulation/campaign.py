@@ -103,10 +103,11 @@ def batch(seeds: Sequence[int]) -> tuple[int, Failure | None]:
 
 
 def campaign(
-    schedules: int, seed: int, *, processes: int = 2, smallest: bool = True
+    schedules: int, seed: int, *, skip: int = 0, processes: int = 2, smallest: bool = True
 ) -> tuple[int, Failure | None]:
-    """Run many schedules; how many were run, and the first failure, shrunk unless `smallest` is false."""
-    first = seed * 10_000_019
+    """Run many schedules, those of `seed` after the first `skip`; how many were run, and the first failure, shrunk unless
+    `smallest` is false."""
+    first = seed * 10_000_019 + skip
     batches = [
         range(start, min(start + A_STORE, first + schedules))
         for start in range(first, first + schedules, A_STORE)

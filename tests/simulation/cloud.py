@@ -39,6 +39,8 @@ class Machine:
     @property
     def death(self) -> tuple[float, NodeStatus | None]:
         """When it ends, and what it is afterwards (None: nobody knows it any more)."""
+        if not self.faults:
+            return self.ended, "terminated"
         ends: list[tuple[float, NodeStatus | None]] = [(self.ended, "terminated")]
         for fault, status in (("terminated", "terminated"), ("preempted", "preempted"), ("vanished", None)):
             if fault in self.faults:
