@@ -63,7 +63,7 @@ def exit_code_of(run: RunRecord) -> int:
 
 def may_still_bill(run: RunRecord) -> bool:
     """A node was asked to end and nothing has confirmed it; or the run is over and a node that nobody keeps is not."""
-    for node in run.nodes:
+    for node in run.owned:
         if not node.settled and (node.terminate_tries > 0 or (run.outcome is not None and not node.kept)):
             return True
     return False
@@ -74,7 +74,7 @@ def _failure(reason: str) -> int:
     words = [part.strip() for part in reason.split(":")][:2]
     if any(word in _ACCOUNT for word in words):
         return CREDENTIALS
-    if words[0] in {"no-capacity", "budget"}:
+    if words[0] in {"no-capacity", "no-node", "budget"}:
         return NO_OFFER
     if words[0] in {"host-key", "unreachable", "boot-timeout"}:
         return UNREACHABLE

@@ -3,6 +3,9 @@
 A node bills from the moment it was first seen active (counted from the last moment at which it was known not to be, so that
 a driver that was away errs on the side of the bill) to the moment at which its termination was accepted, once the
 provider confirms that it is gone. Until then the figure is an upper bound and says so.
+
+A node that several runs had one after the other has one bill, split at the moments of the claims: each run pays from its claim
+to the next, the time for which it kept the node included. What the provider's rounding and minimum add falls to the last.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import accumulate
 
 from runs.events import PHASES, Phase
 from runs.facts import Tariff
@@ -81,6 +85,27 @@ def node_bill(node: NodeRecord, now: datetime) -> Bill | None:
     return Bill(start=start, end=end, seconds=seconds, micro_usd=price(seconds, rate), final=final)
 
 
+def node_share(node: NodeRecord, run: str, now: datetime) -> Bill | None:
+    """What `run` pays of the node's bill; None where it is none of its business, or nothing has begun."""
+    bill = node_bill(node, now)
+    if bill is None or not node.claims or run not in node.tenants:
+        return bill if run in node.tenants else None
+    rate = node.micro_usd_per_hour or node.offer.tariff.micro_usd_per_hour
+    claims = [max(bill.start, min(claim.at, bill.end)) for claim in node.claims]
+    moments = [bill.start, *accumulate(claims, max), bill.end]
+    seconds = [(at - bill.start).total_seconds() for at in moments[:-1]] + [bill.seconds]
+    # Counted from the first moment, so that the shares sum to the bill to the micro-dollar.
+    spent = [min(price(until, rate), bill.micro_usd) for until in seconds[:-1]] + [bill.micro_usd]
+    turn = node.tenants.index(run)
+    return Bill(
+        start=moments[turn],
+        end=moments[turn + 1],
+        seconds=seconds[turn + 1] - seconds[turn],
+        micro_usd=spent[turn + 1] - spent[turn],
+        final=bill.final or turn < len(node.claims),
+    )
+
+
 def _end(node: NodeRecord, now: datetime) -> tuple[datetime, bool]:
     if node.billing_ended_at is not None:
         return node.billing_ended_at, True
@@ -98,14 +123,14 @@ def rate(run: RunRecord) -> int:
     """Micro-dollars per hour of the nodes that may bill now."""
     return sum(
         node.micro_usd_per_hour or node.offer.tariff.micro_usd_per_hour
-        for node in run.nodes
+        for node in run.owned
         if node.may_bill and node.answer == "known"
     )
 
 
 def bills(run: RunRecord, now: datetime) -> list[tuple[NodeRecord, Bill]]:
-    """The nodes of a run that have a bill, with it."""
-    return [(node, bill) for node in run.nodes if (bill := node_bill(node, now))]
+    """The nodes of a run that have a bill, with the run's share of it."""
+    return [(node, bill) for node in run.nodes if (bill := node_share(node, run.run, now))]
 
 
 def charges(run: RunRecord, now: datetime) -> list[Charge]:
@@ -119,9 +144,8 @@ def _node_charges(run: RunRecord, node: NodeRecord, bill: Bill) -> list[Charge]:
     result, spent = [], 0
     for index, (phase, start, end) in enumerate(pieces):
         # Cumulative, so that rounding never adds up; the provider's own rounding falls to the last phase.
-        until = (
-            bill.micro_usd if index == len(pieces) - 1 else price((end - bill.start).total_seconds(), rate)
-        )
+        until = price((end - bill.start).total_seconds(), rate)
+        until = bill.micro_usd if index == len(pieces) - 1 else min(until, bill.micro_usd)
         result.append(Charge(node=node.key, phase=phase, start=start, end=end, micro_usd=until - spent))
         spent = until
     return result
@@ -146,7 +170,8 @@ def _claims(run: RunRecord, node: NodeRecord, bill: Bill) -> list[tuple[Phase, d
         first = next((start for start in trained if begin <= start < finish), finish)
         claims.append(("preparing", begin, first))
         if attempt.trainer_ended_at is not None:
-            until = node.terminate_intended_at or attempt.ended_at or bill.end
+            ends = (node.terminate_intended_at, attempt.ended_at)  # the earlier: a kept node ends long after
+            until = min((at for at in ends if at is not None), default=bill.end)
             claims.append(("collecting", attempt.trainer_ended_at, until))
     if node.terminate_intended_at is not None:
         claims.append(("releasing", node.terminate_intended_at, bill.end))
@@ -229,5 +254,5 @@ def totals(run: RunRecord, now: datetime) -> Totals:
         training_seconds=seconds.get("training", 0.0),
         by_phase=by_phase,
         seconds_by_phase=seconds,
-        final=all(node.settled for node in run.nodes) and all(bill.final for _, bill in found),
+        final=all(node.settled for node in run.owned) and all(bill.final for _, bill in found),
     )

@@ -53,6 +53,12 @@ class RunCreated(Event):
     wait_seconds: float = 0.0
     """How long to wait for capacity."""
     sweep: str | None = None
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """What the sweep set in its base spec, by dotted key."""
+    on: str | None = None
+    """Key of the kept node that the first attempt claims."""
+    on_or_rent: bool = False
+    """Rent one where that node is not to be had any more."""
 
 
 class StopRequested(Event):
@@ -337,6 +343,16 @@ class NodeKept(Event):
     until: datetime | None = None
 
 
+class NodeClaimed(Event):
+    """Another run takes a kept node over, with its bill from now on: the former run answers for it no more. In one commit
+    with the claiming run's AttemptStarted, and refused unless the node is kept by a run that has ended."""
+
+    kind: Literal["NodeClaimed"] = "NodeClaimed"
+    run: str
+    attempt: int
+    former: str
+
+
 class TerminateIntended(Event):
     """Durable before the call."""
 
@@ -369,7 +385,7 @@ RunEvent = Annotated[
 ]  # fmt: skip
 NodeEvent = Annotated[
     LaunchIntended | LaunchAnswered | LaunchRefused | LaunchAmbiguous | LaunchFound | LaunchAbandoned | NodeObserved
-    | NodeReady | PreflightFailed | LeaseExtended | NodeKept | TerminateIntended | TerminateAnswered | NodeGone,
+    | NodeReady | PreflightFailed | LeaseExtended | NodeKept | NodeClaimed | TerminateIntended | TerminateAnswered | NodeGone,
     Field(discriminator="kind"),
 ]  # fmt: skip
 AnyEvent = RunEvent | NodeEvent

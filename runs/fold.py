@@ -9,6 +9,7 @@ from runs import events as e
 from runs.record import (
     AttemptRecord,
     CheckpointRecord,
+    ClaimRecord,
     LaneRecord,
     NodeRecord,
     RefusalRecord,
@@ -86,6 +87,13 @@ def _ready(node: NodeRecord, event: e.NodeReady) -> NodeRecord:
     )
 
 
+def _claimed(node: NodeRecord, event: e.NodeClaimed) -> NodeRecord:
+    if not (node.kept and node.alive) or event.former != node.run:
+        raise FoldError(f"{node.key} is claimed by {event.run}, and {event.former} does not keep it")
+    claim = ClaimRecord(run=event.run, attempt=event.attempt, at=event.at)
+    return _with(node, run=event.run, claims=(*node.claims, claim), kept=False, kept_until=None)
+
+
 def _terminate_intended(node: NodeRecord, event: e.TerminateIntended) -> NodeRecord:
     # Asked again, and never seen to end: the earlier acceptance may have been worth nothing, and it may have billed on.
     believed = node.terminate_accepted_at if node.status == "terminating" else None
@@ -131,6 +139,7 @@ _NODE: dict[type, Callable[[NodeRecord, Any], NodeRecord]] = {
     e.PreflightFailed: lambda node, event: _with(node, preflight_failed=event.reason),
     e.LeaseExtended: lambda node, event: _with(node, marker=event.marker),
     e.NodeKept: lambda node, event: _with(node, kept=True, kept_until=event.until),
+    e.NodeClaimed: _claimed,
     e.TerminateIntended: _terminate_intended,
     e.TerminateAnswered: _terminate_answered,
     e.NodeGone: _gone,
@@ -153,6 +162,9 @@ def fold_run(run: RunRecord | None, event: e.RunEvent) -> RunRecord:
             steps=event.steps,
             created_at=event.at,
             sweep=event.sweep,
+            overrides=event.overrides,
+            on=event.on,
+            on_or_rent=event.on_or_rent,
             max_micro_usd=event.max_micro_usd,
             max_seconds=event.max_seconds,
             wait_seconds=event.wait_seconds,

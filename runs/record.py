@@ -14,12 +14,22 @@ RunState = Literal["planned", "waiting", "booting", "preparing", "training", "co
                    "succeeded", "failed", "stopped", "lost"]  # fmt: skip
 
 
+class ClaimRecord(Fact):
+    """A kept node was taken over by a run."""
+
+    run: str
+    attempt: int
+    at: datetime
+
+
 class NodeRecord(Fact):
     """One intended machine: a life and a bill of its own."""
 
     key: str
     run: str
-    """The run that intended it."""
+    """The one run that answers for it: the one that intended it, until another claims it."""
+    claims: tuple[ClaimRecord, ...] = ()
+    """By which runs it was taken over, in order."""
     provider: str
     marker: Marker
     offer: Offer
@@ -57,6 +67,11 @@ class NodeRecord(Fact):
     gone_at: datetime | None = None
     gone_evidence: str | None = None
     billing_ended_at: datetime | None = None
+
+    @property
+    def tenants(self) -> tuple[str, ...]:
+        """The runs that it served, in order; the last one answers for it."""
+        return self.marker.run, *(claim.run for claim in self.claims)
 
     @property
     def settled(self) -> bool:
@@ -170,6 +185,10 @@ class RunRecord(Fact):
     steps: int
     created_at: datetime
     sweep: str | None = None
+    overrides: Mapping[str, Any] = {}
+    on: str | None = None
+    """Key of the kept node that the first attempt claims."""
+    on_or_rent: bool = False
     max_micro_usd: int | None = None
     max_seconds: float | None = None
     wait_seconds: float = 0.0
@@ -201,6 +220,14 @@ class RunRecord(Fact):
     ended_at: datetime | None = None
     state: RunState = "planned"
     nodes: tuple[NodeRecord, ...] = ()
+    """Those that serve it, and those that did before another run claimed them."""
+    on_node: NodeRecord | None = None
+    """The node of `on`, as long as this run has not claimed it."""
+
+    @property
+    def owned(self) -> tuple[NodeRecord, ...]:
+        """The nodes that this run answers for: nobody else may end them."""
+        return tuple(node for node in self.nodes if node.run == self.run)
 
     @property
     def attempt(self) -> AttemptRecord | None:
@@ -258,9 +285,11 @@ class RunRecord(Fact):
 def view(run: RunRecord, nodes: tuple[NodeRecord, ...]) -> RunRecord:
     """The run with its nodes, and the state that both together mean."""
     state = run.state
+    on_node = next((node for node in nodes if node.key == run.on and run.run not in node.tenants), None)
+    nodes = tuple(node for node in nodes if node is not on_node)
     mine = [node for node in nodes if run.attempt and node.key in run.attempt.keys]
     if state == "booting" and mine and all(node.ready_at for node in mine):
         state = "preparing"
     elif state in LIVE and mine and all(node.terminate_intended_at or node.settled for node in mine):
         state = "releasing"
-    return run.model_copy(update={"nodes": nodes, "state": state})
+    return run.model_copy(update={"nodes": nodes, "on_node": on_node, "state": state})

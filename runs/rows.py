@@ -35,7 +35,8 @@ def cost_now(row: Mapping[str, Any], now: float | None = None) -> int:
         grain = node["granularity_seconds"]
         if grain > 1:
             seconds = -(-seconds // grain) * grain
-        micro += max(node["micro_usd"], round(seconds * node["usd_per_hour"] * MICRO / 3600))
+        whole = round(seconds * node["usd_per_hour"] * MICRO / 3600)
+        micro += max(node["micro_usd"], whole - node.get("before_micro_usd", 0))
     return micro
 
 

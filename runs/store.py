@@ -38,6 +38,10 @@ class StaleEpoch(StoreError):
     """Another driver has taken this run over: the caller must end without touching anything."""
 
 
+class NotYours(StoreError):
+    """Another run answers for that node, or it is not to be had: nothing was written."""
+
+
 class Store:
     """One connection to the store. Not shared between threads."""
 
@@ -105,11 +109,16 @@ class Store:
     # ------------------------------------------------------------ writing
 
     def commit(
-        self, changes: Sequence[tuple[str, e.RunEvent | e.NodeEvent]], *, epoch: int | None = None
+        self,
+        changes: Sequence[tuple[str, e.RunEvent | e.NodeEvent]],
+        *,
+        epoch: int | None = None,
+        run: str | None = None,
     ) -> None:
         """Append events (stream, event) and rewrite the rows that they change, in one durable transaction.
 
-        With an `epoch` (a driver's), raises StaleEpoch and writes nothing where the run has a newer driver.
+        With an `epoch` (a driver's), raises StaleEpoch and writes nothing where the run has a newer driver. With the `run`
+        on whose behalf it is done, raises NotYours and writes nothing where another run answers for a node among them.
         """
         if not changes:
             return
@@ -117,7 +126,7 @@ class Store:
         nodes: dict[str, NodeRecord] = {}
         try:
             with self._transaction():
-                self._append(changes, epoch, runs, nodes)
+                self._append(changes, (epoch, run), runs, nodes)
                 views = self._write_rows(changes[-1][1].at, runs, nodes)
         except sqlite3.Error as error:
             raise StoreError(
@@ -130,34 +139,56 @@ class Store:
     def _append(
         self,
         changes: Sequence[tuple[str, e.RunEvent | e.NodeEvent]],
-        epoch: int | None,
+        author: tuple[int | None, str | None],
         runs: dict[str, RunRecord],
         nodes: dict[str, NodeRecord],
     ) -> None:
-        """Insert the events; leave the records that they make in `runs` and `nodes`."""
+        """Insert the events; leave the records that they make in `runs` and `nodes`. `author`: epoch and run of a driver."""
         from runs import events as e
         from runs.fold import fold_node, fold_run
 
+        epoch, writer = author
         for stream, event in changes:
             kind, _, name = stream.partition(":")
             if kind == "node":
-                node = fold_node(nodes.get(name) or self._node(name), event)  # type: ignore[arg-type]
-                nodes[name], run = node, node.run
+                known = nodes.get(name) or self._node(name)
+                self._permit(known, event, writer, runs)  # type: ignore[arg-type]
+                nodes[name] = node = fold_node(known, event)  # type: ignore[arg-type]
+                tenants = node.tenants  # the rows of all of them: each pays a part of one bill
             else:
-                run = name
-            before = runs.get(run) or self._bare(run)
-            if epoch is not None and before is not None:
-                newest = before.epoch + isinstance(event, e.DriverStarted)
-                if newest > epoch:
-                    raise StaleEpoch(f"another driver has taken {run} over")
-            if kind == "run":
-                runs[run] = fold_run(before, event)  # type: ignore[arg-type]
-            elif before is not None:
-                runs[run] = before
+                tenants = (name,)
+            for run in tenants:
+                before = runs.get(run) or self._bare(run)
+                if epoch is not None and before is not None and run == (writer or tenants[-1]):
+                    newest = before.epoch + isinstance(event, e.DriverStarted)
+                    if newest > epoch:
+                        raise StaleEpoch(f"another driver has taken {run} over")
+                if kind == "run":
+                    runs[run] = fold_run(before, event)  # type: ignore[arg-type]
+                elif before is not None:
+                    runs[run] = before
             self._db.execute(
                 "INSERT INTO events (stream, version, kind, at, epoch, body) VALUES (?, ?, ?, ?, ?, ?)",
                 (stream, e.VERSION, event.kind, event.at.isoformat(), epoch or 0, e.dump(event)),
             )
+
+    def _permit(
+        self, node: NodeRecord | None, event: e.NodeEvent, writer: str | None, runs: dict[str, RunRecord]
+    ) -> None:
+        """Raise NotYours where `writer` does not answer for the node; a claim: where nobody keeps it for others."""
+        from runs import events as e
+
+        if node is None:
+            return
+        if not isinstance(event, e.NodeClaimed):
+            if writer is not None and writer != node.run:
+                raise NotYours(f"{node.key} serves {node.run} now")
+            return
+        former = runs.get(node.run) or self._bare(node.run)
+        if not (node.kept and node.alive) or (former is not None and node.key in former.release_requested):
+            raise NotYours(f"{node.key} is not kept any more")
+        if former is None or former.live:
+            raise NotYours(f"{node.key} is busy: {node.run} has not ended")
 
     def _write_rows(
         self, at: datetime, runs: dict[str, RunRecord], nodes: dict[str, NodeRecord]
@@ -191,6 +222,7 @@ class Store:
         if known is not None:
             keys = {node.key for node in known.nodes}
             wanted = {key for attempt in bare.attempts for key in attempt.keys} | changed.keys()
+            wanted |= {bare.on} if bare.on else set()
             if wanted <= keys:
                 return known.nodes
         return self._select(run, bare)
@@ -217,8 +249,7 @@ class Store:
                     runs[name] = fold_run(runs.get(name), event)  # type: ignore[arg-type]
                 else:
                     nodes[name] = fold_node(nodes.get(name), event)  # type: ignore[arg-type]
-                    name = nodes[name].run
-                last[name] = event.at
+                last |= dict.fromkeys((name,) if kind == "run" else nodes[name].tenants, event.at)
             self._db.execute("DELETE FROM nodes")
             self._db.execute("DELETE FROM runs")
             if runs or nodes:
@@ -254,13 +285,12 @@ class Store:
         return result
 
     def _select(self, run: str, bare: RunRecord) -> list[NodeRecord]:
-        """The nodes that a run intended, and those that it took over from another."""
-        from runs.facts import run_of
-
-        others = [key for attempt in bare.attempts for key in attempt.keys if run_of(key) != run]
-        if not others:  # an empty list would make SQLite read every node there is
-            return self._parsed("run = ?", [run])
-        return self._parsed(f"run = ? OR key IN ({','.join('?' * len(others))})", [run, *others])
+        """The nodes that a run has or had, and the one that it wants to take over."""
+        keys = {key for attempt in bare.attempts for key in attempt.keys} | ({bare.on} if bare.on else set())
+        mine = self._parsed("run = ?", [run])
+        if keys <= {node.key for node in mine}:  # the rest is another run's: seldom, and a longer question
+            return mine
+        return self._parsed(f"run = ? OR key IN ({','.join('?' * len(keys))})", [run, *keys])
 
     def record(self, run: str) -> RunRecord | None:
         """The record of a run with its nodes, as one commit left them, or None."""
@@ -281,7 +311,7 @@ class Store:
             return self._node(key)
 
     def nodes(self, run: str | None = None, *, unsettled: bool = False) -> list[NodeRecord]:
-        """Nodes, oldest first: those that one run intended, or all."""
+        """Nodes, oldest first: those that one run answers for, or all."""
         where, values = ["1"], []
         if run is not None:
             where, values = ["run = ?"], [run]
@@ -298,22 +328,33 @@ class Store:
         return [e.load(stream, row[0]) for row in rows]
 
     def history(self, run: str) -> list[tuple[str, str, dict[str, Any]]]:
-        """(time, stream, body) of all events of a run and its nodes, in the order in which they were committed."""
-        keys = [node.key for node in self.nodes(run)]
+        """(time, stream, body) of all events of a run, and of its nodes while they were its own, in the order in which they
+        were committed."""
+        record = self.record(run)
+        keys = [node.key for node in (record.nodes if record is not None else self.nodes(run))]
         streams = [f"run:{run}", *(f"node:{key}" for key in keys)]
         rows = self._db.execute(
             f"SELECT at, stream, kind, body FROM events WHERE stream IN ({','.join('?' * len(streams))}) ORDER BY seq",
             streams,
         )
-        return [(row["at"], row["stream"], json.loads(row["body"])) for row in rows]
+        return list(_tenancy(run, ((row["at"], row["stream"], json.loads(row["body"])) for row in rows)))
 
     def since(self, run: str, seq: int) -> list[tuple[int, str, dict[str, Any]]]:
         """(seq, stream, body) of the events of a run and its nodes after `seq`: what a follower has not seen yet."""
         rows = self._db.execute(
-            "SELECT seq, stream, body FROM events WHERE seq > ? AND (stream = ? OR stream LIKE ?) ORDER BY seq",
-            (seq, f"run:{run}", f"node:llmctl-{run}-a%"),
+            "SELECT seq, stream, body FROM events WHERE seq > ?1 AND (stream = ?2 OR stream LIKE ?3 OR (stream = ?4 AND seq >="
+            " (SELECT min(seq) FROM events WHERE stream = ?4 AND kind = 'NodeClaimed' AND json_extract(body, '$.run') = ?5)))"
+            " ORDER BY seq",
+            (seq, f"run:{run}", f"node:llmctl-{run}-a%", f"node:{self._wanted(run)}", run),
         )
         return [(row[0], row[1], json.loads(row[2])) for row in rows]
+
+    def _wanted(self, run: str) -> str | None:
+        """The key of the node that a run was created to take over."""
+        row = self._db.execute(
+            "SELECT json_extract(record, '$.on') FROM runs WHERE run = ?", (run,)
+        ).fetchone()
+        return row[0] if row else None
 
     def last_seq(self, run: str) -> int:
         """Grows with every event of the run and its nodes: a follower's cue."""
@@ -393,6 +434,19 @@ class Store:
         with target:
             self._db.backup(target)
         target.close()
+
+
+def _tenancy(
+    run: str, rows: Iterable[tuple[str, str, dict[str, Any]]]
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Without what happened to a node while another run had it; a claim belongs to both."""
+    owners: dict[str, str] = {}
+    for at, stream, body in rows:
+        mine = stream.startswith("run:") or owners.get(stream, body.get("run")) == run
+        if body["kind"] in {"LaunchIntended", "NodeClaimed"}:
+            owners[stream] = body["run"]
+        if mine or owners.get(stream) == run:
+            yield at, stream, body
 
 
 def default_home() -> Path:

@@ -32,6 +32,7 @@ def summarise(run: RunRecord, now: datetime | None = None) -> dict[str, Any]:
         "outcome": run.outcome,
         "provider": run.provider,
         "sweep": run.sweep,
+        "overrides": dict(run.overrides),
         "created": run.created_at.isoformat(),
         "ended": run.ended_at.isoformat() if run.ended_at else None,
         "started": _iso(next((item.started_at for item in run.attempts if item.keys), None)),
@@ -61,7 +62,7 @@ def summarise(run: RunRecord, now: datetime | None = None) -> dict[str, Any]:
         "max_usd": usd(run.max_micro_usd) if run.max_micro_usd is not None else None,
         "max_hours": run.max_seconds / 3600 if run.max_seconds else None,
         "driver": {"pid": run.driver_pid, "start_time": run.driver_start_time, "boot_id": run.driver_boot_id},
-        "nodes": [_node(node, now) for node in run.nodes],
+        "nodes": [_node(run, node, now) for node in run.nodes],
         "micro_usd": totals.micro_usd,
         "final": totals.final,
         "training_micro_usd": totals.training_micro_usd,
@@ -84,8 +85,10 @@ def _why(run: RunRecord) -> str | None:
     return None
 
 
-def _node(node: NodeRecord, now: datetime) -> dict[str, Any]:
-    bill = charges.node_bill(node, now)
+def _node(run: RunRecord, node: NodeRecord, now: datetime) -> dict[str, Any]:
+    """One node as this run sees it: settled, where another run has claimed it."""
+    mine = node.run == run.run
+    bill, whole = charges.node_share(node, run.run, now), charges.node_bill(node, now)
     rate = node.micro_usd_per_hour or node.offer.tariff.micro_usd_per_hour
     return {
         "key": node.key,
@@ -95,18 +98,19 @@ def _node(node: NodeRecord, now: datetime) -> dict[str, Any]:
         "instance_type": node.offer.instance_type,
         "region": node.offer.region,
         "ip": node.ip,
-        "status": _status(node),
+        "status": _status(node) if mine else f"with {node.run}",
         "usd_per_hour": usd(rate),
-        "unsettled": not node.settled,
-        "kept": node.kept,
-        "kept_until": _iso(node.kept_until),
-        "billing_from": bill.start.timestamp() if bill and not bill.final else None,
+        "unsettled": mine and not node.settled,
+        "kept": mine and node.kept,
+        "kept_until": _iso(node.kept_until) if mine else None,
+        "billing_from": whole.start.timestamp() if whole and bill and not bill.final else None,
+        "before_micro_usd": whole.micro_usd - bill.micro_usd if whole and bill and mine else 0,
         "granularity_seconds": node.offer.tariff.granularity_seconds,
         "minimum_seconds": node.offer.tariff.minimum_seconds,
         "micro_usd": bill.micro_usd if bill else 0,
         "lease_end": node.marker.lease_end.isoformat(),
-        "terminate_unconfirmed": node.terminate_tries > 0 and not node.settled,
-        "terminate_tries": node.terminate_tries,
+        "terminate_unconfirmed": mine and node.terminate_tries > 0 and not node.settled,
+        "terminate_tries": node.terminate_tries if mine else 0,
     }
 
 

@@ -48,7 +48,7 @@ def address_of(store: Store, run: RunRecord) -> Address:
 
 def living(run: RunRecord) -> NodeRecord:
     """The first node that is there and has an address. Raises Usage."""
-    for node in reversed(run.nodes):
+    for node in reversed(run.owned):
         if not node.settled and node.ip:
             return node
     raise Usage(

@@ -18,7 +18,7 @@ from runs import charges
 from runs import events as e
 from runs.facts import ENDED, NodeFacts
 from runs.rows import MICRO, usd
-from runs.store import Store
+from runs.store import NotYours, Store
 
 if TYPE_CHECKING:
     from provisioning.base import Provider
@@ -39,6 +39,8 @@ class Orphan:
     why: str
     cost_usd: float | None = None
     """So far, as far as this store knows."""
+    run: str | None = None
+    """The run that answered for it when it was judged."""
 
     def document(self) -> dict[str, Any]:
         """As JSON."""
@@ -130,7 +132,15 @@ def find(store: Store, clock: Clock, *, foreign: bool) -> Found:
             why = orphan(facts, store.owner, now, run, node, foreign=foreign)
             if why is not None:
                 bill = charges.node_bill(node, now) if node else None
-                nodes.append(Orphan(seen.name, facts, why, bill.micro_usd / MICRO if bill else None))
+                nodes.append(
+                    Orphan(
+                        seen.name,
+                        facts,
+                        why,
+                        bill.micro_usd / MICRO if bill else None,
+                        node.run if node else None,
+                    )
+                )
         try:
             assert seen.provider is not None
             leftovers += seen.provider.leftovers()
@@ -142,9 +152,8 @@ def find(store: Store, clock: Clock, *, foreign: bool) -> Found:
 def end(store: Store, clock: Clock, found: Found, *, patience: float = CONFIRM_SECONDS) -> Found:
     """Terminate all that was found and wait, within bounds, until the providers confirm it."""
     opened = {name: item for name, item in inventory.open_all(store) if not isinstance(item, ProviderError)}
-    waiting = {item.facts.id: item for item in found.nodes}
-    for item in waiting.values():
-        _terminate(store, opened[item.provider], clock, item)
+    mine = [item for item in found.nodes if _terminate(store, opened[item.provider], clock, item)]
+    waiting = {item.facts.id: item for item in mine}
     started = asked = clock.monotonic()
     gone: list[Orphan] = []
     never = threading.Event()
@@ -159,22 +168,27 @@ def end(store: Store, clock: Clock, found: Found, *, patience: float = CONFIRM_S
             for item in waiting.values():
                 _terminate(store, opened[item.provider], clock, item)
         clock.wait(never, min(left, _poll([opened[item.provider] for item in waiting.values()])))
-    return Found(found.nodes, found.leftovers, found.errors, tuple(gone), tuple(waiting.values()))
+    return Found(tuple(mine), found.leftovers, found.errors, tuple(gone), tuple(waiting.values()))
 
 
 def _poll(providers: Sequence[Provider]) -> float:
     return min(provider.traits.terminate_poll_seconds for provider in providers)
 
 
-def _terminate(store: Store, provider: Provider, clock: Clock, item: Orphan) -> None:
-    """Ask for the end of one node; of one that this store knows with intent and answer as events."""
+def _terminate(store: Store, provider: Provider, clock: Clock, item: Orphan) -> bool:
+    """Ask for the end of one node; of one that this store knows with intent and answer as events. False, and nobody is
+    asked, where a run took it over since it was judged: it answers for it now."""
     node = store.node(item.facts.key) if item.facts.key else None
     if node is None or item.facts.key is None:
         effects.terminate_foreign(provider, item.facts.id)
-        return
+        return True
     if node.id != item.facts.id or node.settled:
         store.commit([(e.node_stream(node.key), e.LaunchFound(at=clock.now(), id=item.facts.id))])
-    effects.terminate(store, provider, clock, node.key, "reaped")
+    try:
+        effects.terminate(store, provider, clock, node.key, "reaped", run=item.run or node.run)
+    except NotYours:
+        return False
+    return True
 
 
 def _gone(store: Store, provider: Provider, clock: Clock, item: Orphan) -> bool:

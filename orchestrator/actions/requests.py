@@ -91,7 +91,7 @@ def stop(store: Store, run: RunRecord, clock: Clock, *, now: bool) -> None:
     if run.live and (run.stop is None or (now and run.stop.checkpoint)):
         request = e.StopRequested(at=clock.now(), reason="user", checkpoint=not now)
         store.commit([(e.run_stream(run.run), request)])
-    for node in run.nodes:
+    for node in run.owned:
         if node.kept and not node.settled and node.key not in run.release_requested:
             store.commit([(e.run_stream(run.run), e.ReleaseRequested(at=clock.now(), key=node.key))])
     ensure_driver(store, run.run, clock, force_silent=now)
@@ -207,7 +207,7 @@ def check_removable(store: Store, run: str) -> None:
     record = store.record(run)
     if record is None:
         raise NoSuchRun(f"no run is called {run!r}", "`llmctl status` lists the runs", run=run)
-    billing = [node.marker.name for node in record.nodes if not node.settled]
+    billing = [node.marker.name for node in record.owned if not node.settled]
     if billing:
         raise Usage(
             f"{run} still has {', '.join(billing)}, which may be billing",

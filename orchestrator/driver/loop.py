@@ -23,7 +23,7 @@ from orchestrator.life.rules import decide
 from runs import events as e
 from runs.lock import Lock, ProcessId, driver_lock
 from runs.record import RunRecord
-from runs.store import StaleEpoch, Store, run_dir
+from runs.store import NotYours, StaleEpoch, Store, run_dir
 
 MAX_ERRORS = 50
 """Unexpected errors in a row before a driver gives up (with half a minute between them: about twenty minutes)."""
@@ -41,7 +41,16 @@ class Driver:
     """Called with the record after each observation: wandb, notifications."""
 
     def step(self) -> w.Effect | w.Wait | w.Done:
-        """Observe, decide, perform one effect. Raises StaleEpoch where another driver took over."""
+        """Observe, decide, perform one effect. Raises StaleEpoch where another driver took over.
+
+        Where another run took a node over meanwhile nothing was done: the next record shows it.
+        """
+        try:
+            return self._step()
+        except NotYours as error:
+            return w.Wait(0.1, str(error))
+
+    def _step(self) -> w.Effect | w.Wait | w.Done:
         hands = self.hands
         record = self._record()
         view = hands.site.observe(record)

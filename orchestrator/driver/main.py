@@ -80,7 +80,7 @@ def build(
             say(f"step {recovered} came from S3: the run goes on from there")
     access = Access(home, hardware, provider.traits)
     site = NodeSite(home.path, run, clock, wake.set, address=access.address, plan=plan)
-    hands = Hands(store, provider, site, clock, epoch, access.request)
+    hands = Hands(store, provider, site, clock, run, epoch, access.request)
     directory = run_dir(home.path, run)
     sinks = Wandb(record, directory, say), Notify(spec.notify, directory, say)
     return site, Driver(run, hands, list(sinks)), sinks

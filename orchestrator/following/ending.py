@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def stop(store: Store, run: RunRecord, clock: Clock, *, now: bool, as_json: bool) -> int:
     """Stop `run` and follow it until its nodes are gone: 0 then, 8 where that is not confirmed, 101 after Ctrl-C."""
-    over = run.outcome is not None and all(node.settled for node in run.nodes)
+    over = run.outcome is not None and all(node.settled for node in run.owned)
     if not over:
         requests.stop(store, run, clock, now=now)
         watch = requests.taker(store.home, run.run, clock) if now else None

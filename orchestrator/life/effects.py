@@ -26,7 +26,7 @@ from provisioning.base import (
 from runs import events as e
 from runs.facts import ENDED, Inventory, Marker, NodeFacts, Offer, lease_minutes
 from runs.record import NodeRecord, RunRecord
-from runs.store import Store
+from runs.store import NotYours, Store
 
 BOOTING_NOTED = timedelta(seconds=30)
 """How often it is noted that a node still boots: billing begins later than that, whoever sees it active."""
@@ -80,6 +80,7 @@ class Sight:
     confirmed_at: dict[str, datetime] = field(default_factory=dict)
     stop_asked: tuple[datetime, bool] | None = None
     lease_tried_at: dict[str, datetime] = field(default_factory=dict)
+    claim_refused: str | None = None
     complaint: str | None = None
     """Why the last look failed, for people."""
 
@@ -107,6 +108,7 @@ class Sight:
             jobs=view.jobs,
             stop_asked=self.stop_asked,
             lease_tried_at=dict(self.lease_tried_at),
+            claim_refused=self.claim_refused,
         )
 
 
@@ -118,18 +120,20 @@ class Hands:
     provider: Provider
     site: Site
     clock: Clock
+    run: str
     epoch: int
     request: Callable[[Marker, Offer], LaunchRequest]
     """Builds the launch request of a marker: keys, options of the spec's hardware section."""
     sight: Sight = field(default_factory=Sight)
 
     def commit(self, *changes: tuple[str, e.RunEvent | e.NodeEvent]) -> None:
-        """Make events durable, as this epoch."""
-        self.store.commit(changes, epoch=self.epoch)
+        """Make events durable, as this epoch of this run."""
+        self.store.commit(changes, epoch=self.epoch, run=self.run)
 
     @singledispatchmethod
     def perform(self, effect: w.Effect, run: RunRecord) -> None:
-        """Do `effect` for `run`. Raises StaleEpoch where another driver took over; provider errors become events."""
+        """Do `effect` for `run`. Raises StaleEpoch where another driver took over, NotYours where another run took the
+        node over; provider errors become events."""
         raise TypeError(f"no hands for {type(effect).__name__}")
 
     # -------------------------------------------------------- looking
@@ -158,7 +162,7 @@ class Hands:
         sight.see(inventory, run.nodes)
         changes = [
             self._observed(node, inventory.find(node.key, node.id), sight.previous_at)
-            for node in run.nodes
+            for node in run.owned
             if node.answer == "known"
         ]
         self.commit(*(change for change in changes if change is not None))
@@ -214,20 +218,32 @@ class Hands:
 
     @perform.register
     def _(self, effect: w.BeginAttempt, run: RunRecord) -> None:
-        now, stream = self.clock.now(), e.run_stream(run.run)
-        self.commit(
-            (stream, e.OfferChosen(at=now, attempt=effect.attempt, offer=effect.offer)),
-            (
-                stream,
-                e.AttemptStarted(
-                    at=now,
-                    attempt=effect.attempt,
-                    keys=effect.keys,
-                    from_step=effect.from_step,
-                    world_size=effect.world_size,
-                ),
-            ),
+        self.commit(*self._begun(effect, effect.keys))
+
+    def _begun(self, effect: w.BeginAttempt | w.Claim, keys: tuple[str, ...]) -> list[tuple[str, e.RunEvent]]:
+        now, stream = self.clock.now(), e.run_stream(self.run)
+        started = e.AttemptStarted(
+            at=now,
+            attempt=effect.attempt,
+            keys=keys,
+            from_step=effect.from_step,
+            world_size=effect.world_size,
         )
+        return [
+            (stream, e.OfferChosen(at=now, attempt=effect.attempt, offer=effect.offer)),
+            (stream, started),
+        ]
+
+    @perform.register
+    def _(self, effect: w.Claim, run: RunRecord) -> None:
+        assert run.on_node is not None
+        claimed = e.NodeClaimed(
+            at=self.clock.now(), run=run.run, attempt=effect.attempt, former=run.on_node.run
+        )
+        try:
+            self.commit(*self._begun(effect, (effect.key,)), (e.node_stream(effect.key), claimed))
+        except NotYours as error:
+            self.sight.claim_refused = str(error)
 
     @perform.register
     def _(self, effect: w.Launch, run: RunRecord) -> None:
@@ -284,7 +300,9 @@ class Hands:
 
     @perform.register
     def _(self, effect: w.Terminate, run: RunRecord) -> None:
-        terminate(self.store, self.provider, self.clock, effect.key, effect.reason, epoch=self.epoch)
+        terminate(
+            self.store, self.provider, self.clock, effect.key, effect.reason, run=self.run, epoch=self.epoch
+        )
 
     @perform.register
     def _(self, effect: w.Keep, run: RunRecord) -> None:
@@ -346,20 +364,30 @@ class Hands:
 
 
 def terminate(
-    store: Store, provider: Provider, clock: Clock, key: str, reason: str, *, epoch: int | None = None
+    store: Store,
+    provider: Provider,
+    clock: Clock,
+    key: str,
+    reason: str,
+    *,
+    run: str,
+    epoch: int | None = None,
 ) -> None:
-    """End one node: intent, call, answer. What it means is read from the provider later. Also the hand of `reap`."""
+    """End one node of `run`: intent, call, answer. What it means is read from the provider later. Also the hand of `reap`.
+
+    Raises NotYours, and calls nobody, where another run has claimed the node.
+    """
     stream = e.node_stream(key)
     node = store.node(key)
     assert node is not None and node.id is not None
-    store.commit([(stream, e.TerminateIntended(at=clock.now(), reason=reason))], epoch=epoch)
+    store.commit([(stream, e.TerminateIntended(at=clock.now(), reason=reason))], epoch=epoch, run=run)
     try:
         provider.terminate(node.id)
     except ProviderError as error:
         answer = e.TerminateAnswered(at=clock.now(), accepted=False, message=f"{error.code}: {error}")
     else:
         answer = e.TerminateAnswered(at=clock.now(), accepted=True)
-    store.commit([(stream, answer)], epoch=epoch)
+    store.commit([(stream, answer)], epoch=epoch, run=run)
 
 
 def terminate_foreign(provider: Provider, node_id: str) -> str | None:

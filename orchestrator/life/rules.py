@@ -61,7 +61,7 @@ def _answers(run: RunRecord, world: w.World, now: datetime) -> Iterator[w.Effect
 
 def _intents(run: RunRecord, world: w.World, now: datetime) -> w.Effect | w.Wait | None:
     """An intent without an outcome: the truth is in the inventory, and nothing is sent again before it was read."""
-    for node in run.nodes:
+    for node in run.owned:
         if not node.unsettled_intent:
             continue
         found = world.shown(node, node.intended_at)
@@ -77,7 +77,7 @@ def _intents(run: RunRecord, world: w.World, now: datetime) -> w.Effect | w.Wait
 
 def _strays(run: RunRecord, world: w.World) -> w.Effect | None:
     """A node that was given up, or believed gone, and is there after all."""
-    for node in run.nodes:
+    for node in run.owned:
         since = node.gone_at or (node.intended_at if node.answer in {"abandoned", "refused"} else None)
         if since is None:
             continue
@@ -90,7 +90,7 @@ def _strays(run: RunRecord, world: w.World) -> w.Effect | None:
 def _terminations(run: RunRecord, world: w.World, now: datetime) -> w.Effect | w.Wait | None:
     """A termination is believed when the provider shows it, and sent again until then."""
     soonest: w.Wait | None = None
-    for node in run.nodes:
+    for node in run.owned:
         if node.terminate_intended_at is None or node.settled or node.id is None:
             continue
         tried = node.terminate_tried_at or node.terminate_intended_at
@@ -114,7 +114,7 @@ def _terminations(run: RunRecord, world: w.World, now: datetime) -> w.Effect | w
 def _unwanted(run: RunRecord, world: w.World, now: datetime) -> w.Effect | w.Wait | None:
     """A living node that no open attempt has, and that nobody keeps."""
     wanted = run.attempt.keys if run.attempt is not None and run.live else ()
-    for node in run.nodes:
+    for node in run.owned:
         if not node.alive or node.key in wanted:
             continue
         if not node.kept:
@@ -372,8 +372,10 @@ def _close(run: RunRecord, nodes: list[NodeRecord], reason: str, now: datetime) 
     for node in nodes:
         if node.settled or node.kept or not node.alive:
             continue
-        if reason == "succeeded" and policy != "terminate":
-            until = None if policy == "keep" else now + timedelta(seconds=parse_duration(policy))
+        until = (
+            None if policy in {"keep", "terminate"} else terms.kept_until(run, now, parse_duration(policy))
+        )
+        if reason == "succeeded" and (policy == "keep" or (until is not None and until > now)):
             return w.Keep(node.key, until)
         return w.Terminate(node.key, reason)
     if all(node.settled or node.kept for node in nodes):

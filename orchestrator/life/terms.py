@@ -73,6 +73,12 @@ def no_time_left(run: RunRecord, now: datetime) -> bool:
     return left is not None and left[0] <= 0
 
 
+def kept_until(run: RunRecord, now: datetime, seconds: float) -> datetime:
+    """Until when a node may be kept after the run: `seconds`, and no longer than budget and lease allow."""
+    left = seconds_left(run, now, reserve=True)
+    return now + timedelta(seconds=min(seconds, left[0] if left is not None else math.inf))
+
+
 def wanted(run: RunRecord, attempt: AttemptRecord) -> tuple[int, ...]:
     """Steps whose checkpoints must be here before the node may go: the spec's on success, else the newest."""
     fetch = run.spec["checkpoint"]["fetch"] if attempt.trainer_end == "finished" else "latest"

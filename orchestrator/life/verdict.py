@@ -23,11 +23,13 @@ _REPLACE = frozenset({"node-lost", "trainer-interrupted", "trainer-lost"})
 
 def between(run: RunRecord, world: w.World, now: datetime) -> w.Effect | w.Wait | None:
     """No attempt is open: the verdict, or the next offer."""
-    if any(not node.settled and not node.kept for node in run.nodes):
+    if any(not node.settled and not node.kept for node in run.owned):
         return None  # its own rule is at work on it, and nothing new is rented meanwhile
     verdict = _verdict(run, now)
     if verdict is not None:
         return verdict
+    if run.on is not None and not run.attempts:
+        return _kept_node(run, world) or _next_offer(run, world, now)
     return _next_offer(run, world, now)
 
 
@@ -77,6 +79,17 @@ def _failure(run: RunRecord, attempt: AttemptRecord) -> str:
     jobs = [reason for _, reason in attempt.failures.values()]
     detail = next((text for text in (*told, *jobs) if text), "")
     return f"{attempt.end_reason}: {detail}" if detail else str(attempt.end_reason)
+
+
+def _kept_node(run: RunRecord, world: w.World) -> w.Claim | w.EndRun | None:
+    """Take over the kept node that the run was created for; None where another may be rented in its place."""
+    node = run.on_node
+    if world.claim_refused is None and node is not None and node.kept and node.alive:
+        offer, key = node.offer, node.key
+        return w.Claim(key, 1, offer, run.resume_step, terms.world_size(run, offer.gpus))
+    if run.on_or_rent:
+        return None
+    return w.EndRun("failed", f"no-node: {world.claim_refused or f'{run.on} is not kept any more'}")
 
 
 def _next_offer(run: RunRecord, world: w.World, now: datetime) -> w.Effect | w.Wait:

@@ -75,6 +75,8 @@ class World:
     """When the supervisors were last asked to end, and whether with a checkpoint."""
     lease_tried_at: Mapping[str, datetime] = field(default_factory=dict)
     """key → when its provider was last told of a later lease."""
+    claim_refused: str | None = None
+    """Why a kept node could not be claimed: somebody was faster."""
 
     def shown(self, node: NodeRecord, since: datetime) -> NodeFacts | None:
         """What an inventory taken after `since` shows of that node."""
@@ -118,6 +120,17 @@ class BeginAttempt:
     attempt: int
     offer: Offer
     keys: tuple[str, ...]
+    from_step: int
+    world_size: int
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Take over a kept node and begin an attempt on it, in one commit: from then on it is this run's."""
+
+    key: str
+    attempt: int
+    offer: Offer
     from_step: int
     world_size: int
 
@@ -239,7 +252,7 @@ class EndRun:
 
 
 Effect = (
-    AskOffers | Look | BeginAttempt | Launch | Adopt | Abandon | DeclareGone | Confirm | Terminate | Keep | ExtendLease | Prepare
+    AskOffers | Look | BeginAttempt | Claim | Launch | Adopt | Abandon | DeclareGone | Confirm | Terminate | Keep | ExtendLease | Prepare
     | StartTrainer | StopTrainer | Collect | RequestStop | EndAttempt | EndRun
 )  # fmt: skip
 

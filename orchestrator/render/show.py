@@ -271,7 +271,7 @@ def alarm(run: RunRecord) -> str:
     """Which nodes nobody has confirmed to be gone."""
     names = [
         f"{node.marker.name} ({node.id or 'no id'})"
-        for node in run.nodes
+        for node in run.owned
         if not node.settled and not node.kept
     ]
     return (

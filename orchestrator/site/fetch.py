@@ -144,7 +144,7 @@ def _from_node(
     progress: transfer.Progress | None,
 ) -> collect.Whole:
     node = next((node for node in run.attempt_nodes() if node.alive and node.ip), None)
-    node = node or next((node for node in run.nodes if node.kept and node.ip), None)
+    node = node or next((node for node in run.nodes if node.alive and node.ip), None)
     if node is None:
         kept = "its weights are here: use --weights-only" if item.path else "its node is gone"
         raise NothingToFetch(f"step {item.step} of {run.run} cannot be fetched: {kept}")

@@ -6,6 +6,8 @@ import sqlite3
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -59,10 +61,10 @@ class Watched(Disk):
         self._runs, self._nodes, self._views, self._seen_version = {}, {}, {}, -1
         return self
 
-    def commit(self, changes: Any, *, epoch: int | None = None) -> None:
+    def commit(self, changes: Any, *, epoch: int | None = None, run: str | None = None) -> None:
         """Commit, or die before or after it."""
         self.passage("commit<")
-        super().commit(changes, epoch=epoch)
+        super().commit(changes, epoch=epoch, run=run)
         self.passage("commit>")
 
 
@@ -79,11 +81,28 @@ class Ground:
         self.disk = sqlite3.connect(self.user.path, isolation_level=None)
         self.runs = len(self.user.runs())
 
+    def eye(self, run: str) -> RunRecord:
+        """The record of any run."""
+        record = self.user.record(run)
+        assert record is not None
+        return record
+
     def close(self) -> None:
         """Close the connections."""
         for store in (self.user, self.reader, *self.drivers):
             store.close()
         self.disk.close()
+
+
+@dataclass(frozen=True)
+class Side:
+    """One run of a schedule, with the disks that it sees."""
+
+    run: str
+    plan: Plan
+    rules: Rules
+    boxes: dict[str, Box]
+    here: dict[int, str]
 
 
 class Schedule:
@@ -102,8 +121,11 @@ class Schedule:
         self._crashes = {(f.what, f.nth): f for f in plan.faults if f.kind == "crash"}
         self._actions = sorted((f for f in plan.faults if f.kind == "user"), key=lambda fault: fault.at)
         self.eye = ground.user
-        self.run = _run_id(ground.runs)
-        ground.runs += 1
+        self.run = self._new_run()
+        self.second: str | None = None
+        """The run that claims the node that the first one keeps."""
+        self.runs = [self.run]
+        self.claimable = 0
         self.boxes: dict[str, Box] = {}
         self.here: dict[int, str] = {}
         self.cloud = Cloud(
@@ -118,6 +140,10 @@ class Schedule:
         for store in (ground.user, *ground.drivers):
             store.shown = self.rules.everything_shown
         self.epoch = 0
+
+    def _new_run(self) -> str:
+        self.ground.runs += 1
+        return _run_id(self.ground.runs)
 
     # ------------------------------------------------------------ the world's clock and its dice
 
@@ -160,6 +186,7 @@ class Schedule:
             fault = self._crashes.get((place, nth), Fault("crash", place, seconds=20.0))
             self.note(f"CRASH at {place} #{nth}, {fault.seconds} s away")
             raise Crash(fault.seconds)
+        self._maybe_claim()
 
     def fault(self, method: str) -> str | None:
         """The fault of this call of `method`, if it has one."""
@@ -178,8 +205,8 @@ class Schedule:
 
     # ------------------------------------------------------------ drivers
 
-    def create(self) -> None:
-        """The user's `launch`."""
+    def create(self, on: str | None = None) -> None:
+        """The user's `launch`, or `launch --on`."""
         plan = self.plan
         spec = {
             "name": "sim",
@@ -189,7 +216,7 @@ class Schedule:
             "train": {"processes_per_node": None, "device": "cpu", "global_batch_size": 8},
         }  # fmt: skip
         created = e.RunCreated(at=self.now(), run=self.run, spec=spec, steps=plan.steps, max_micro_usd=plan.max_micro_usd,
-                               max_seconds=plan.max_seconds, wait_seconds=plan.wait_seconds)  # fmt: skip
+                               max_seconds=plan.max_seconds, wait_seconds=plan.wait_seconds, on=on)  # fmt: skip
         self.eye.commit([(e.run_stream(self.run), created)])
 
     def take_over(self, previous: Driver | None) -> Driver:
@@ -208,7 +235,7 @@ class Schedule:
             self.plan, self.cloud, self.boxes, self.here,
             time=self.elapse, date=self.date, passage=self.passage, fault=self.fault,
         )  # fmt: skip
-        return Driver(self.run, Hands(store, self.cloud, site, self, self.epoch, self.request))
+        return Driver(self.run, Hands(store, self.cloud, site, self, self.run, self.epoch, self.request))
 
     def request(self, marker: Marker, offer: Offer) -> LaunchRequest:
         """A launch request without keys."""
@@ -229,14 +256,62 @@ class Schedule:
             self._act(self._actions.pop(0))
             self.drive()
         self.rules.at_end()
+        if self.plan.claim_at is not None and self.second is None:
+            with suppress(Crash):
+                self._claim()
+        sides = [Side(self.run, self.plan, self.rules, self.boxes, self.here)]
+        if self.second is not None:
+            plan = replace(self.plan, on_finish=self.plan.claim_finish, claim_at=None)
+            sides.append(Side(self.second, plan, Rules(self), {}, {}))
+            self._use(sides[1])
+            self.drive()
+            self.rules.at_end()
         self.elapse(300.0)
-        self.drive(look=True)  # `reap`
-        for node in self.record().nodes:
+        for side in sides:
+            self._use(side)
+            self._clean_up()
+        self.rules.shared()
+
+    def _use(self, side: Side) -> None:
+        self.run, self.plan, self.rules = side.run, side.plan, side.rules
+        self.boxes, self.here = side.boxes, side.here
+
+    def _clean_up(self) -> None:
+        """`reap`, and the end of what is kept."""
+        self.drive(look=True)
+        for node in self.record().owned:
             if node.kept:
                 self.note(f"release of {node.key} is requested")
                 self.eye.commit([(e.run_stream(self.run), e.ReleaseRequested(at=self.now(), key=node.key))])
                 self.drive()
         self.rules.at_end(everything=True)
+
+    # ------------------------------------------------------------ another run on the same node
+
+    def _maybe_claim(self) -> None:
+        """Another process may claim the node between any two steps of the first run's driver."""
+        if self.plan.claim_at is None or self.second is not None or not self.boxes:
+            return
+        self.claimable += 1
+        if self.claimable > self.plan.claim_at:
+            self._claim()
+
+    def _claim(self) -> None:
+        """`launch --on`: the second run's driver takes the node, or is told why not; it dies right after."""
+        node = next((node for node in self.record().nodes if node.answer == "known"), None)
+        if node is None:
+            return
+        first, epoch, plan = self.run, self.epoch, self.plan
+        self.run = self.second = self._new_run()
+        self.plan = replace(plan, on_finish=plan.claim_finish, claim_at=None, crash_at=None)
+        self.note(f"{self.second} wants {node.key}")
+        try:
+            self.create(node.key)
+            self.runs.append(self.run)
+            driver = self.take_over(None)
+            self.note(f"it does {driver.step()}")
+        finally:
+            self.run, self.epoch, self.plan = first, epoch, plan
 
     def drive(self, *, look: bool = False) -> None:
         """Drivers, one after the other, until one says that it is done."""

@@ -71,6 +71,10 @@ class Plan:
     max_restarts: int = 3
     crash_at: int | None = None
     """Crash at this passage, counted over all places: for going through them one by one."""
+    claim_at: int | None = None
+    """Another run wants the node that is kept, from this passage on after the first run's training began."""
+    claim_finish: str = "terminate"
+    """What that run does with it afterwards."""
 
     def without(self, *faults: Fault) -> Plan:
         """The same world with fewer faults."""
@@ -100,6 +104,8 @@ def _world(rng: random.Random) -> dict[str, Any]:
         "on_finish": rng.choice(("terminate", "terminate", "terminate", "keep", "3m")),
         "fetch": rng.choice(("latest", "best", "all", "none")),
         "max_restarts": rng.choice((0, 3)),
+        "claim_at": rng.choice((None, rng.randrange(120))),
+        "claim_finish": rng.choice(("terminate", "keep", "3m")),
     }
 
 

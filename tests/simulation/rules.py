@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from orchestrator.life import world as w
 from runs import charges
 from runs import events as e
-from runs.facts import run_of
 from runs.fold import fold_node, fold_run
 from runs.record import NodeRecord, RunRecord
 from runs.store import StaleEpoch, Store
@@ -48,6 +50,8 @@ class Rules:
             "SELECT kind FROM events WHERE stream = ? ORDER BY seq", (f"node:{key}",)
         )
         kinds = [row[0] for row in rows]
+        owner = self.s.ground.disk.execute("SELECT run FROM nodes WHERE key = ?", (key,)).fetchone()[0]
+        _hold(owner == self.s.run, f"{self.s.run} calls {method} for {key}, which is {owner}'s")
         if method == "launch":
             _hold(kinds == ["LaunchIntended"], f"launch of {key} is called after {kinds}")
             _hold(not self.s.cloud.launches.get(key), f"launch of {key} is called twice")
@@ -83,6 +87,12 @@ class Rules:
             return
         raise Broken("a driver that was superseded could write")
 
+    def _others(self, run: RunRecord) -> set[str]:
+        """Keys of the nodes of the schedule's other run."""
+        return {
+            node.key for other in self.s.runs if other != run.run for node in self.s.ground.eye(other).nodes
+        }
+
     # ------------------------------------------------------------ after each step
 
     def after_step(self, answer: w.Effect | w.Wait | w.Done, run: RunRecord) -> None:
@@ -102,7 +112,8 @@ class Rules:
         living = [machine.key for machine in self.s.cloud.machines.values() if machine.alive(self.s.t)]
         if len(set(living)) != len(living):
             raise Broken(f"doubled instances: {living}")
-        if unknown := set(living) - {node.key for node in run.nodes}:
+        unknown = set(living) - {node.key for node in run.nodes}
+        if unknown and not unknown <= self._others(run):
             raise Broken(f"instances without an intent: {unknown}")
         for step, sha in self._verified.items():
             item = run.checkpoints.get(step)
@@ -139,15 +150,12 @@ class Rules:
         """Nothing lives that is not kept; nothing is unsettled; the bill is right; rows are what events make of them."""
         run, t = self.s.record(), self.s.t
         _hold(run.outcome is not None, "a driver is done and the run is not")
-        for node in run.nodes:
-            if not node.settled and not (node.kept and run_of(node.key) == run.run):
+        for node in run.owned:
+            if not node.settled and not node.kept:
                 raise Broken(f"{node.key} is not settled: {node}")
             _hold(not node.kept or self.s.plan.on_finish != "terminate", f"{node.key} is kept for no reason")
         abandoned = {node.key for node in run.nodes if node.answer == "abandoned"}
-        for machine in self.s.cloud.machines.values():
-            node = run.node(machine.key)
-            _hold(node is not None, f"{machine.key} has no record")
-            assert node is not None
+        for machine, node in self._machines(run):
             late = machine.key in abandoned and not everything
             _hold(
                 node.kept or late or not machine.alive(t),
@@ -163,6 +171,35 @@ class Rules:
                 self._shown(run)
             if self.s.plan.seed % 3 == 0:
                 self._folded(run)
+
+    def _machines(self, run: RunRecord) -> Iterator[tuple[Machine, NodeRecord]]:
+        """What is there in truth, with its record; without what another run of the schedule answers for."""
+        others = self._others(run)
+        for machine in self.s.cloud.machines.values():
+            node = run.node(machine.key)
+            _hold(node is not None or machine.key in others, f"{machine.key} has no record")
+            if node is not None and node.run == run.run:
+                yield machine, node
+
+    def shared(self) -> None:
+        """The runs of a node pay its bill together, to the micro-dollar, one after the other."""
+        now = self.s.now()
+        nodes = {node.key: node for run in self.s.runs for node in self.s.ground.eye(run).nodes}
+        for node in nodes.values():
+            bill = charges.node_bill(node, now)
+            parts = [part for run in node.tenants if (part := charges.node_share(node, run, now))]
+            if bill is None:
+                _hold(not parts, f"{node.key} has no bill, and is paid for")
+                continue
+            _hold(
+                sum(part.micro_usd for part in parts) == bill.micro_usd,
+                f"the shares of {node.key} are not its bill",
+            )
+            _hold(all(a.end == b.start for a, b in pairwise(parts)), f"the shares of {node.key} do not join")
+            _hold(
+                parts[0].start == bill.start and parts[-1].end == bill.end,
+                f"{node.key} is not paid for in whole",
+            )
 
     def _outcome(self, run: RunRecord) -> None:
         if run.outcome == "succeeded":
@@ -189,9 +226,7 @@ class Rules:
 
     def _ledger(self, run: RunRecord) -> None:
         """The bill of each node against what the provider really counted."""
-        for machine in self.s.cloud.machines.values():
-            node = run.node(machine.key)
-            assert node is not None
+        for machine, node in self._machines(run):
             seconds = max(0.0, min(machine.billed_until, self.s.t) - machine.active)
             bill = charges.node_bill(node, self.s.now())
             billed = bill.seconds if bill is not None else 0.0
@@ -216,11 +251,11 @@ class Rules:
         seconds = 60.0 + 30.0 + 2 * self._slack() + 60.0 * len(run.attempts) * run.attempts_before
         allowed = run.max_micro_usd + self.s.plan.nodes * seconds * self.s.plan.micro_usd_per_hour / 3600
         spent = 0.0
-        for machine in self.s.cloud.machines.values():
-            node = run.node(machine.key)
-            assert node is not None
+        for machine, node in self._machines(run):
             if not machine.late:  # nothing of ours lives while it bills unseen; `reap` is for that
-                seconds = max(0.0, min(machine.billed_until, self.s.t) - machine.active)
+                ago = (self.s.now() - node.claims[-1].at).total_seconds() if node.claims else math.inf
+                begun = max(machine.active, self.s.t - ago)
+                seconds = max(0.0, min(machine.billed_until, self.s.t) - begun)
                 spent += charges.price(
                     charges.billed(seconds, node.offer.tariff), self.s.plan.micro_usd_per_hour
                 )
@@ -254,6 +289,8 @@ class Rules:
             _hold(made == node, f"the row of {node.key} is not the fold of its events")
             assert made is not None
             nodes.append(made)
-        bare = stored.model_copy(update={"nodes": (), "state": folded.state if folded else "planned"})
+        bare = stored.model_copy(
+            update={"nodes": (), "on_node": None, "state": folded.state if folded else "planned"}
+        )
         _hold(folded == bare, "the run's row is not the fold of its events")
         _hold(stored == run, "what a process remembers is not what is on disk")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 
 from .campaign import campaign, every_place, ground, shrink, try_plan
+from .engine import Schedule
 from .plan import Fault, Plan, make
 
 SCHEDULES = int(os.environ.get("LLMCTL_SCHEDULES", "10000"))
@@ -19,6 +21,7 @@ WORLDS = {
     "lying end": Plan(3, (Fault("call", "terminate:lie"),), steps=10, on_finish="3m", vanish_seconds=0.0),
     "a node dies": Plan(4, (Fault("node", "preempted", 0, at=110.0),), boot_seconds=20.0),
     "stopped while booting": Plan(5, (Fault("user", "stop", at=30.0), Fault("user", "resume", at=200.0)), steps=10),
+    "handed over": Plan(6, steps=10, on_finish="3m", claim_at=10**6, claim_finish="3m", vanish_seconds=0.0),
 }  # fmt: skip
 
 
@@ -37,6 +40,23 @@ def test_crash_at_every_place(name: str) -> None:
     places, failure = every_place(WORLDS[name])
     assert failure is None, str(failure)
     assert places > 60
+
+
+def test_a_claim_at_every_place() -> None:
+    """Another run may want the node between any two steps of the driver that keeps it: one of them has it, and one pays."""
+    plan = Plan(7, steps=10, every=5, boot_seconds=0.0, on_finish="3m")
+    owners = set()
+    with ground() as shared:
+        for place in range(400):
+            schedule = Schedule(replace(plan, claim_at=place), shared)
+            schedule.go()
+            assert schedule.second is not None
+            owners.add(shared.eye(schedule.second).outcome)
+            if place > schedule.claimable:
+                break
+        else:
+            raise AssertionError("the first run passes more places than were tried")
+    assert owners == {"succeeded", "failed"}
 
 
 def test_a_schedule_is_a_function_of_its_seed() -> None:

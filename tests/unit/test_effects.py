@@ -91,7 +91,7 @@ class Bench:
         self.provider, self.clock = Fake(home), StoppedClock()
         self.clock.seconds = story.t
         request = lambda marker, offer: LaunchRequest(marker, offer, "owner", "", None, None)  # noqa: E731
-        self.hands = Hands(self.store, self.provider, None, self.clock, 1, request)  # type: ignore[arg-type]
+        self.hands = Hands(self.store, self.provider, None, self.clock, RUN, 1, request)  # type: ignore[arg-type]
 
     @property
     def record(self) -> RunRecord:
