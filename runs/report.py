@@ -1,7 +1,7 @@
 """`report`: one HTML file that holds everything it shows, opens offline, and asks nothing of anyone.
 
-The page's data is one JSON island; its script draws the curves as SVG. Text of runs (names, logs, samples) goes in as text
-and never as markup.
+The page's data is one JSON island; its script draws the charts with Observable Plot, which is in the page too. Text of runs
+(names, logs, samples) goes in as text and never as markup.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from runs.rows import usd
 from runs.series import series
 from runs.store import Store, run_dir
 
+CHARTS = ("d3.min.js", "plot.min.js")
+"""The chart library, as it was published (runs/page/vendor/NOTICE)."""
 POINTS = 300
 """Of each curve."""
 EVENTS = 200
@@ -41,6 +43,7 @@ def html(
     template = Environment(autoescape=True).from_string(parts["html"])
     return template.render(
         style=_raw(parts["css"]),
+        charts=_raw("\n".join((folder / "vendor" / name).read_text(encoding="utf-8") for name in CHARTS)),
         script=_raw(parts["js"]),
         data=_raw(_island(document(store, runs, published=published, now=now))),
     )

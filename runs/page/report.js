@@ -1,6 +1,5 @@
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
-const SVG = "http://www.w3.org/2000/svg";
 const hidden = new Set();
 const byRun = new Map(data.runs.map((run) => [run.run, run]));
 const colours = new Map(data.runs.map((run, index) => [run.run, colour(index)]));
@@ -19,13 +18,6 @@ function element(name, attributes = {}, ...children) {
     else if (value !== false && value !== null && value !== undefined) made.setAttribute(key, value === true ? "" : value);
   }
   made.append(...children);
-  return made;
-}
-
-function shape(name, attributes, text) {
-  const made = document.createElementNS(SVG, name);
-  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-  if (text !== undefined) made.textContent = text;
   return made;
 }
 
@@ -54,7 +46,7 @@ function short(value) {
 
 const TEXT = new Set(["run", "name", "source", "state", "provider", "instance_type", "gpu", "validation_set", "test_set", "started"]);
 // What the page is about comes first: a narrow window shows it without scrolling.
-const FIRST = ["run", "state", "train_loss", "validation_loss", "test_loss", "test_set", "cost_usd", "training_usd", "billed_hours", "gpu", "gpus", "parameters", "tokens"];
+const FIRST = ["run", "state", "train_loss", "validation_loss", "validation_set", "test_loss", "test_set", "cost_usd", "training_usd", "billed_hours", "gpu", "gpus", "parameters", "tokens"];
 const SET_OF = { validation_loss: "validation_set", test_loss: "test_set" };
 
 function sorted() {
@@ -107,45 +99,9 @@ function toggle(run, on) {
 
 // ---------------------------------------------------------------- charts
 
-function ticks(low, high, count) {
-  const span = high - low || Math.abs(high) || 1;
-  const rough = span / count, power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].find((factor) => factor * power >= rough) * power;
-  const found = [];
-  for (let value = Math.ceil(low / step) * step; value <= high + step / 1e6; value += step) found.push(value);
-  return found;
-}
-
-// The ends of an axis, with room around them; equal values get an axis around them.
-function ends(values, room) {
-  // Not Math.min(...values): a thousand runs have more points than a call may have arguments.
-  const low = values.reduce((one, other) => Math.min(one, other), Infinity), high = values.reduce((one, other) => Math.max(one, other), -Infinity);
-  const pad = low === high ? Math.abs(low) * 0.05 || 1 : (high - low) * room;
-  return [low - pad, high + pad];
-}
-
-function frame(box, xs, ys, { height = 420, room = 0, xname, yname, log = false }) {
-  const width = 1100, left = 62, right = 14, top = 10, bottom = 44;
-  const finite = (values) => values.filter((value) => Number.isFinite(value) && (!log || value > 0));
-  const view = (value) => (log ? Math.log10(value) : value);
-  const [low, high] = ends(finite(xs).map(view), room), [floor, ceiling] = ends(ys.filter(Number.isFinite), 0.04);
-  const x = (value) => left + ((view(value) - low) / (high - low)) * (width - left - right);
-  const y = (value) => height - bottom - ((value - floor) / (ceiling - floor)) * (height - top - bottom);
-  const svg = shape("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${yname} over ${xname}` });
-  for (const value of ticks(floor, ceiling, 6)) {
-    svg.append(shape("line", { class: "grid", x1: left, x2: width - right, y1: y(value), y2: y(value) }));
-    svg.append(shape("text", { x: left - 6, y: y(value) + 4, "text-anchor": "end" }, String(+value.toPrecision(4))));
-  }
-  for (const value of ticks(low, high, 7)) {
-    const at = left + ((value - low) / (high - low)) * (width - left - right);
-    svg.append(shape("line", { class: "axis", x1: at, x2: at, y1: height - bottom, y2: height - bottom + 4 }));
-    svg.append(shape("text", { x: at, y: height - bottom + 18, "text-anchor": "middle" }, short(log ? 10 ** value : value)));
-  }
-  svg.append(shape("line", { class: "axis", x1: left, x2: width - right, y1: height - bottom, y2: height - bottom }));
-  svg.append(shape("text", { x: (left + width) / 2, y: height - 6, "text-anchor": "middle" }, xname));
-  box.replaceChildren(svg);
-  return { svg, x, y };
-}
+const AXES = { steps: "steps", tokens: "tokens", hours: "hours since the first billed moment", dollars: "dollars" };
+const SMALL = { width: 1100, marginLeft: 62, marginRight: 20, marginBottom: 46, style: { fontSize: "12px" } };
+const ticks = (key) => (key === "cost_usd" || key === "dollars" ? (value) => figure("cost_usd", value) : short);
 
 function empty(box, text) {
   box.replaceChildren(element("p", { class: "empty" }, text));
@@ -156,17 +112,22 @@ function curves() {
   const which = document.getElementById("curve").value, log = document.getElementById("log").checked;
   const shown = data.runs.filter((run) => !hidden.has(run.run) && run.curves[which].loss.length);
   if (!shown.length) return empty(box, "No run that is shown has logged this loss.");
-  const xs = shown.flatMap((run) => run.curves[which][axis]), ys = shown.flatMap((run) => run.curves[which].loss);
-  const { svg, x, y } = frame(box, xs, ys, { xname: axis, yname: which + " loss", log });
-  for (const run of shown) {
-    const one = run.curves[which];
-    const points = one.loss.map((loss, index) => [one[axis][index], loss]).filter(([a, b]) => Number.isFinite(b) && (!log || a > 0));
-    const line = shape("polyline", { fill: "none", stroke: colours.get(run.run), "stroke-width": shown.length > 12 ? 1.1 : 1.8, "data-run": run.run, points: points.map(([a, b]) => `${x(a).toFixed(1)},${y(b).toFixed(1)}`).join(" ") });
-    line.append(shape("title", {}, run.run));
-    svg.append(line);
-    if (points.length < 40) for (const [a, b] of points) svg.append(shape("circle", { cx: x(a), cy: y(b), r: 2.5, fill: colours.get(run.run) }));
-  }
-  box.append(legend(shown.map((run) => [run.run, colours.get(run.run)])));
+  const points = shown.flatMap((run) => run.curves[which].loss.map((loss, index) => ({ run: run.run, at: run.curves[which][axis][index], loss })))
+    .filter((point) => Number.isFinite(point.loss) && (!log || point.at > 0));
+  const longest = Math.max(...shown.map((run) => run.curves[which].loss.length));
+  const smooth = document.getElementById("smooth").checked && longest >= 60;
+  const xy = { x: "at", y: "loss", z: "run", stroke: "run", ariaLabel: "run" };
+  const wide = shown.length > 12 ? 1.1 : 1.8;
+  const marks = [Plot.lineY(points, smooth ? Plot.windowY(Math.ceil(longest / 25), { ...xy, strokeWidth: wide, className: "curve" }) : { ...xy, strokeWidth: wide, className: "curve" })];
+  // What was smoothed away stays visible where there is room for it.
+  if (smooth && shown.length <= 6) marks.unshift(Plot.lineY(points, { ...xy, strokeWidth: 0.8, strokeOpacity: 0.3 }));
+  if (longest < 40) marks.push(Plot.dot(points, { x: "at", y: "loss", r: 2.5, fill: "run" }));
+  marks.push(Plot.tip(points, Plot.pointer({ x: "at", y: "loss", title: (point) => `${point.run}\n${which} loss ${figure("loss", point.loss)}\n${AXES[axis]} ${ticks(axis)(point.at)}` })));
+  box.replaceChildren(Plot.plot({
+    ...SMALL, height: 420, ariaLabel: `${which} loss over ${axis}`, marks,
+    x: { type: log ? "log" : "linear", label: AXES[axis], tickFormat: ticks(axis), ticks: 9, labelOffset: 42 }, y: { grid: true, label: which + " loss" },
+    color: { domain: shown.map((run) => run.run), range: shown.map((run) => colours.get(run.run)) },
+  }), legend(shown.map((run) => [run.run, colours.get(run.run)])));
 }
 
 function legend(items) {
@@ -184,46 +145,42 @@ function sets() {
 function pareto() {
   const box = document.getElementById("pareto"), set = document.getElementById("set").value, cost = document.getElementById("cost").value;
   const loss = sets().get(set);
-  const points = data.rows.filter((row) => loss && row[SET_OF[loss]] === set && row[loss] !== null && row[cost] !== null && !hidden.has(row.run));
+  const points = data.rows.filter((row) => loss && row[SET_OF[loss]] === set && row[loss] !== null && row[cost] !== null && !hidden.has(row.run))
+    .map((row) => ({ name: row.run || row.name, cost: row[cost], loss: row[loss], paint: colours.get(row.run) || "#8a9199" }));
   if (!points.length) return empty(box, "No run that is shown has both a loss and a cost.");
-  const { svg, x, y } = frame(box, points.map((row) => row[cost]), points.map((row) => row[loss]), { room: 0.04, xname: cost === "cost_usd" ? "dollars" : "node-hours", yname: "loss on " + set });
   const front = [];
-  for (const row of [...points].sort((one, other) => one[cost] - other[cost] || one[loss] - other[loss]))
-    if (!front.length || row[loss] < front.at(-1)[loss]) front.push(row);
-  svg.append(shape("polyline", { fill: "none", stroke: "currentColor", "stroke-dasharray": "4 4", points: front.map((row) => `${x(row[cost])},${y(row[loss])}`).join(" ") }));
-  for (const row of points) {
-    const name = row.run || row.name, paint = colours.get(row.run) || "#8a9199";
-    const dot = shape("circle", { cx: x(row[cost]), cy: y(row[loss]), r: 5, fill: paint, "data-run": name });
-    dot.append(shape("title", {}, `${name}: ${figure("loss", row[loss])} for ${figure("cost_usd", row.cost_usd)}`));
-    svg.append(dot);
-    const last = x(row[cost]) > 850;
-    if (points.length <= 20) svg.append(shape("text", { x: x(row[cost]) + (last ? -9 : 9), y: y(row[loss]) + 4, "text-anchor": last ? "end" : "start" }, name));
-  }
+  for (const point of [...points].sort((one, other) => one.cost - other.cost || one.loss - other.loss))
+    if (!front.length || point.loss < front.at(-1).loss) front.push(point);
+  const middle = (Math.min(...points.map((point) => point.cost)) + Math.max(...points.map((point) => point.cost))) / 2;
+  const named = points.length <= 20 ? points : [];
+  const beside = (side) => Plot.text(named.filter((point) => (point.cost > middle) === side), { x: "cost", y: "loss", text: "name", textAnchor: side ? "end" : "start", dx: side ? -9 : 9, dy: -7 });
+  box.replaceChildren(Plot.plot({
+    ...SMALL, height: 420, ariaLabel: `loss on ${set} against ${cost}`, inset: 16,
+    x: { label: cost === "cost_usd" ? "dollars" : "node-hours", tickFormat: ticks(cost), ticks: 9, labelOffset: 42 }, y: { grid: true, label: "loss on " + set },
+    marks: [
+      Plot.lineY(front, { x: "cost", y: "loss", curve: "step-after", strokeDasharray: "4 4", className: "front-line" }),
+      Plot.dot(points, { x: "cost", y: "loss", r: 5, fill: "paint", ariaLabel: "name", className: "points" }), beside(false), beside(true),
+      Plot.tip(points, Plot.pointer({ x: "cost", y: "loss", title: (point) => `${point.name}\nloss ${figure("loss", point.loss)} for ${figure(cost, point.cost)}${cost === "cost_usd" ? "" : " node-hours"}` })),
+    ],
+  }));
 }
 
 function phases() {
   const box = document.getElementById("phases");
   const shown = data.runs.filter((run) => !hidden.has(run.run) && run.cost_usd > 0);
   if (!shown.length) return empty(box, "No run that is shown has cost anything.");
-  const width = 1100, left = 230, right = 90, row = 24, height = shown.length * row + 10;
-  const most = Math.max(...shown.map((run) => run.cost_usd));
-  const svg = shape("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "dollars by phase" });
-  shown.forEach((run, index) => {
-    const top = index * row + 5;
-    let from = left;
-    svg.append(shape("text", { x: left - 8, y: top + 14, "text-anchor": "end" }, run.run));
-    for (const phase of data.phases) {
-      const part = run.phases[phase];
-      if (!part || part.usd <= 0) continue;
-      const wide = (part.usd / most) * (width - left - right);
-      const bar = shape("rect", { x: from, y: top, width: Math.max(wide, 0.5), height: row - 6, fill: PHASE_COLOURS[phase] });
-      bar.append(shape("title", {}, `${phase}: ${figure("cost_usd", part.usd)}, ${Math.round(part.seconds)} s`));
-      svg.append(bar);
-      from += wide;
-    }
-    svg.append(shape("text", { x: from + 6, y: top + 14 }, figure("cost_usd", run.cost_usd) + (run.final ? "" : " or less")));
-  });
-  box.replaceChildren(svg, legend(data.phases.filter((phase) => shown.some((run) => run.phases[phase])).map((phase) => [phase, PHASE_COLOURS[phase]])));
+  const parts = shown.flatMap((run) => data.phases.filter((phase) => run.phases[phase] && run.phases[phase].usd > 0)
+    .map((phase) => ({ run: run.run, phase, usd: run.phases[phase].usd, seconds: run.phases[phase].seconds })));
+  box.replaceChildren(Plot.plot({
+    ...SMALL, height: shown.length * 24 + 66, marginLeft: 230, marginRight: 90, ariaLabel: "dollars by phase",
+    x: { label: "dollars", tickFormat: ticks("cost_usd"), ticks: 9, labelOffset: 42 }, y: { label: null, domain: shown.map((run) => run.run), tickSize: 0 },
+    color: { domain: data.phases, range: data.phases.map((phase) => PHASE_COLOURS[phase]) },
+    marks: [
+      Plot.barX(parts, { x: "usd", y: "run", fill: "phase", order: data.phases, insetTop: 2, insetBottom: 2, className: "bars" }),
+      Plot.text(shown, { x: "cost_usd", y: "run", text: (run) => figure("cost_usd", run.cost_usd) + (run.final ? "" : " or less"), textAnchor: "start", dx: 6 }),
+      Plot.tip(parts, Plot.pointerY(Plot.stackX({ x: "usd", y: "run", z: "phase", order: data.phases, title: (part) => `${part.run}\n${part.phase}: ${figure("cost_usd", part.usd)}, ${Math.round(part.seconds)} s` }))),
+    ],
+  }), legend(data.phases.filter((phase) => parts.some((part) => part.phase === phase)).map((phase) => [phase, PHASE_COLOURS[phase]])));
 }
 
 function charts() {
@@ -249,7 +206,8 @@ function fill(made, run) {
   }
   if (run.checkpoints.length) {
     const body = element("tbody", {}, ...run.checkpoints.map((item) => element("tr", {}, element("td", {}, String(item.step) + (item.best ? " best" : "")), element("td", {}, figure("loss", item.validation_loss)), element("td", {}, short(item.bytes) + "B"), element("td", {}, item.here ? "here" : "not here"), element("td", { class: "text" }, item.sha256.slice(0, 16)))));
-    made.append(element("h3", {}, "Checkpoints"), element("table", {}, body));
+    const head = ["step", "validation loss", "size", "where", "sha256"].map((name) => element("th", { class: name === "sha256" ? "text" : false }, name));
+    made.append(element("h3", {}, "Checkpoints"), element("table", { class: "plain" }, element("thead", {}, element("tr", {}, ...head)), body));
   }
   made.append(element("h3", {}, "Spec"), element("pre", {}, JSON.stringify(run.spec, null, 2)));
   made.append(element("h3", {}, "Events"), element("pre", {}, run.events.map((item) => `${item.at.slice(0, 19)} ${item.kind} ${JSON.stringify(item.detail)}`).join("\n")));
@@ -263,9 +221,11 @@ function reveal() {
 // ---------------------------------------------------------------- begin
 
 const totals = data.totals;
-document.getElementById("lead").textContent = `${totals.runs} runs, ${figure("cost_usd", totals.cost_usd)}, of which training ${figure("training_usd", totals.training_usd)}. Made ${data.made.replace("T", " ").slice(0, 16)} UTC.`;
+document.getElementById("lead").textContent = `${totals.runs} ${totals.runs === 1 ? "run" : "runs"}, ${figure("cost_usd", totals.cost_usd)}, of which training ${figure("training_usd", totals.training_usd)}. Made ${data.made.replace("T", " ").slice(0, 16)} UTC.`;
+const sources = new Set(data.rows.map((row) => row.published_by).filter(Boolean));
+document.getElementById("sources").textContent = sources.size ? "Published rows: " + [...sources].join("; ") + "." : "";
 for (const name of sets().keys()) document.getElementById("set").append(element("option", {}, name));
-for (const id of ["axis", "curve", "log"]) document.getElementById(id).addEventListener("change", curves);
+for (const id of ["axis", "curve", "log", "smooth"]) document.getElementById(id).addEventListener("change", curves);
 for (const id of ["set", "cost"]) document.getElementById(id).addEventListener("change", pareto);
 document.getElementById("all").addEventListener("click", () => { hidden.clear(); table(); charts(); });
 document.getElementById("none").addEventListener("click", () => { data.runs.forEach((run) => hidden.add(run.run)); table(); charts(); });

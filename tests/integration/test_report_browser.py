@@ -60,13 +60,13 @@ def test_it_renders_sorts_and_takes_a_run_out(page: tuple[Page, int, Path]) -> N
     shown, runs, file = page
     assert count(shown, "#table tbody tr:not(.published)") == runs
     assert count(shown, "#table tbody tr.published") > 5
-    assert count(shown, "#chart polyline") == runs
-    assert count(shown, "#pareto circle") == runs
-    assert count(shown, "#phases rect") >= 3 * runs
+    assert count(shown, "#chart .curve path") == runs
+    assert count(shown, "#pareto .points circle") == runs
+    assert count(shown, "#phases .bars rect") >= 3 * runs
     # Every curve lies inside its picture.
-    inside = "[...document.querySelectorAll('#chart polyline')].every((one) => { const b = one.getBBox(); return b.width > 100 && b.x >= 0 && b.y >= 0 && b.x + b.width <= 1100 && b.y + b.height <= 420; })"
+    inside = "[...document.querySelectorAll('#chart .curve path')].every((one) => { const b = one.getBBox(); return b.width > 100 && b.x >= 0 && b.y >= 0 && b.x + b.width <= 1100 && b.y + b.height <= 420; })"
     assert shown.run(inside) is True
-    assert len(set(shown.run("[...document.querySelectorAll('#chart polyline')].map((one) => one.getAttribute('stroke'))"))) == runs  # fmt: skip
+    assert len(set(shown.run("[...document.querySelectorAll('#chart .curve path')].map((one) => one.getAttribute('stroke'))"))) == runs  # fmt: skip
 
     click(shown, "[data-key=cost_usd]")
     dollars = [float(text.lstrip("$")) for text in column(shown, "cost_usd")]
@@ -76,16 +76,20 @@ def test_it_renders_sorts_and_takes_a_run_out(page: tuple[Page, int, Path]) -> N
     assert shown.run("document.querySelector('[data-key=cost_usd]').closest('th').ariaSort") == "descending"
 
     click(shown, "[aria-label='show demo-0001']")
-    assert count(shown, "#chart polyline") == runs - 1
-    assert count(shown, "#chart [data-run=demo-0001]") == count(shown, "#pareto [data-run=demo-0001]") == 0
+    assert count(shown, "#chart .curve path") == runs - 1
+    assert (
+        count(shown, "#chart .curve [aria-label=demo-0001]")
+        == count(shown, "#pareto .points [aria-label=demo-0001]")
+        == 0
+    )
     click(shown, "[aria-label='show demo-0001']")
-    assert count(shown, "#chart [data-run=demo-0001]") == 1
+    assert count(shown, "#chart .curve [aria-label=demo-0001]") == 1
     click(shown, "#none")
-    assert count(shown, "#chart polyline") == 0 and "No run" in shown.run("document.querySelector('#chart').textContent")  # fmt: skip
+    assert count(shown, "#chart .curve path") == 0 and "No run" in shown.run("document.querySelector('#chart').textContent")  # fmt: skip
     click(shown, "#all")
     for axis in ("steps", "tokens", "hours", "dollars"):
         shown.run(f"(() => {{ const s = document.getElementById('axis'); s.value = '{axis}'; s.dispatchEvent(new Event('change')); }})()")  # fmt: skip
-        assert count(shown, "#chart polyline") == runs and axis in shown.run("document.querySelector('#chart svg').textContent")  # fmt: skip
+        assert count(shown, "#chart .curve path") == runs and axis in shown.run("document.querySelector('#chart svg').textContent")  # fmt: skip
 
     shown.run("location.hash = 'demo-0001'; document.getElementById('demo-0001').open = true")
     shown.run("new Promise(requestAnimationFrame)")
