@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, Literal
 
-from runs.rows import cost_now, usd
+from runs.rows import UNREADABLE, cost_now, usd
 
 Row = dict[str, Any]
 
@@ -83,6 +83,8 @@ def entry(
 
 def _cost(summary: Mapping[str, Any], now: float | None) -> float | None:
     """Dollars so far; None where the record does not tell."""
+    if summary.get("state") == UNREADABLE:
+        return None
     try:
         return usd(cost_now(summary, now))
     except (KeyError, TypeError):

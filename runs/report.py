@@ -19,7 +19,7 @@ from runs.events import PHASES
 from runs.record import RunRecord
 from runs.rows import usd
 from runs.series import series
-from runs.store import Store, run_dir
+from runs.store import Store, StoreError, run_dir
 
 CHARTS = ("d3.min.js", "plot.min.js")
 """The chart library, as it was published (runs/page/vendor/NOTICE)."""
@@ -98,7 +98,10 @@ def document(
 
 
 def _run(store: Store, run: str, now: datetime) -> dict[str, Any] | None:
-    record = store.record(run)
+    try:
+        record = store.record(run)
+    except StoreError:  # its row is in the table, as what it is
+        record = None
     if record is None:
         return None
     marks = meter(store, run)

@@ -11,6 +11,8 @@ LIVE: frozenset[str] = frozenset(
     {"planned", "waiting", "booting", "preparing", "training", "collecting", "releasing"}
 )
 """States in which a run should have a driver."""
+UNREADABLE = "unreadable"
+"""In place of a state: neither the row of the run nor its events can be read, so that its dollars are not known."""
 
 
 def usd(micro_usd: int) -> float:
@@ -56,7 +58,7 @@ def status_document(row: dict[str, Any], *, driver_alive: bool, now: float | Non
             for node in row["nodes"]
         ],
         **{key: row[key] for key in ("step", "steps", "loss", "validation_loss", "tokens_per_second")},
-        "cost_usd": usd(cost_now(row, now)),
+        "cost_usd": usd(cost_now(row, now)) if row["state"] != UNREADABLE else None,
         "usd_per_hour": rate,
         "eta_seconds": round(eta) if eta is not None else None,
         "driver": driver_alive,

@@ -10,6 +10,7 @@ import json
 import os
 import queue
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -21,6 +22,9 @@ from runs.record import RunRecord
 
 WANDB_INIT_SECONDS = 15
 """Without a network `wandb.init` takes 103 s to fail by default; after this it goes offline and is synced behind."""
+
+SYNC_SECONDS = 25
+"""For sending behind what was logged offline, at a run's end."""
 
 
 class Sink:
@@ -124,14 +128,18 @@ class Wandb:
         self._on = self._mode != "disabled" and section["from"] == "driver"
         self._sink = Sink("wandb", log) if self._on else None
         self._run: Any = None
+        self._behind: str | None = None
+        """The folder of a run that was to be online and is not, to be synced at the end."""
         self._offset, self._busy = 0, threading.Event()
         self._sent = self._remembered()
 
-    def _remembered(self) -> int:
+    def _remembered(self) -> dict[str, int]:
+        """The last step that was sent, by kind."""
         try:
-            return int(json.loads((self._directory / "wandb.json").read_text())["step"])
-        except (OSError, ValueError, KeyError):
-            return 0
+            told = json.loads((self._directory / "wandb.json").read_text())
+            return {kind: int(told.get(kind, 0)) for kind in ("step", "validation")}
+        except (OSError, ValueError, AttributeError):
+            return {"step": 0, "validation": 0}
 
     def __call__(self, run: RunRecord) -> None:
         """Send what the metrics have gained, unless the last sending is still at work."""
@@ -145,13 +153,12 @@ class Wandb:
             if self._run is None:
                 self._run = self._open(run)
             for line in self._new_lines():
-                if line.get("kind") in {"step", "validation"} and (
-                    line["kind"] == "validation" or line["step"] > self._sent
-                ):
+                kind = line.get("kind", "")
+                if kind in self._sent and line["step"] > self._sent[kind]:
                     values = {key: value for key, value in line.items() if key not in {"kind", "step"}}
                     self._run.log({**values, "cost_usd": _cost(run, line["time"])}, step=line["step"])
-                    self._sent = max(self._sent, line["step"])
-            publish(self._directory / "wandb.json", json.dumps({"step": self._sent}).encode())
+                    self._sent[kind] = line["step"]
+            publish(self._directory / "wandb.json", json.dumps(self._sent).encode())
         finally:
             self._busy.clear()
 
@@ -173,8 +180,11 @@ class Wandb:
             try:
                 return wandb.init(mode="online", settings=settings, **options)
             except wandb.errors.Error as error:
-                self._log(f"wandb is not reachable ({error}); logging offline, `wandb sync` it later")
-        return wandb.init(mode="offline", settings=settings, **options)
+                self._log(f"wandb is not reachable ({error}); logging offline, to be synced at the end")
+        opened = wandb.init(mode="offline", settings=settings, **options)
+        if self._mode == "online":
+            self._behind = str(Path(opened.dir).parent)
+        return opened
 
     def _new_lines(self) -> list[dict[str, Any]]:
         """Whole lines of metrics.jsonl behind the last one read. A file that shrank was folded anew: from its start."""
@@ -200,19 +210,30 @@ class Wandb:
         self._sink.close(30)
 
     def _close(self, run: RunRecord) -> None:
+        from runs import compare
         from runs.summary import summarise
 
         if self._run is None:
             return
         row = summarise(run)
-        final = {
-            key: row[key]
-            for key in ("train_loss", "validation_loss", "tokens_per_second", "mfu", "overhead_fraction")
-        }
-        self._run.summary.update(
-            {**final, "cost_usd": row["micro_usd"] / 1e6, "phases_usd": row["phases"], "state": row["state"]}
-        )
+        (final,) = compare.rows([compare.entry(row, run.spec)])
+        known = {key: final[key] for key in compare.COLUMNS if final[key] is not None}
+        # wandb's summary follows the history: the dollars over time end at the bill.
+        self._run.log({"cost_usd": final["cost_usd"]}, step=self._sent["step"])
+        self._run.summary.update({**known, "phases_usd": row["phases"]})
         self._run.finish()
+        if self._behind is not None:
+            self._sync(self._behind)
+
+    def _sync(self, folder: str) -> None:
+        """Send what was logged offline; where the network is still away, say what to type."""
+        command = [sys.executable, "-m", "wandb", "sync", "--append", folder]
+        try:
+            subprocess.run(
+                command, timeout=SYNC_SECONDS, check=True, stdin=subprocess.DEVNULL, capture_output=True
+            )
+        except (subprocess.SubprocessError, OSError) as error:
+            self._log(f"wandb is still not reachable ({type(error).__name__}): `wandb sync {folder}` later")
 
 
 def _cost(run: RunRecord, time: float) -> float:

@@ -214,3 +214,37 @@ def test_summaries_need_no_model(store: Store) -> None:
         row = json.loads(raw.execute("SELECT summary FROM runs").fetchone()[0])
     assert row == store.summary(RUN) == store.summaries()[0] == store.concerning()[0]
     assert row["nodes"][0]["billing_from"] == at(0).timestamp()
+
+
+@pytest.mark.parametrize("lost", ["record", "summary", "keys", "events"])
+def test_a_run_whose_rows_are_broken_keeps_nobody_from_the_others(tmp_path: Path, lost: str) -> None:
+    """Rows are made anew from the events; where those are broken too, the run is shown by its name, with gaps."""
+    import sqlite3
+
+    from runs.rows import status_document
+    from runs.store import StoreError
+    from tests.seeds import Seed
+
+    seed = Seed(tmp_path, "demo-0001").finished()
+    Seed(tmp_path, "whole-0002").finished().store.close()
+    before = seed.store.summary("demo-0001")
+    seed.store.close()
+    broken = {"record": "record = '{not'", "summary": "summary = '{not'", "keys": "summary = '{\"run\": 3}'"}
+    with sqlite3.connect(tmp_path / "llmctl.db") as db:
+        for change in broken.values() if lost == "events" else [broken[lost]]:
+            db.execute(f"UPDATE runs SET {change} WHERE run = 'demo-0001'")
+        if lost == "events":
+            db.execute("UPDATE events SET body = '{not' WHERE stream = 'run:demo-0001'")
+    store = Store(tmp_path)
+    found = {row["run"]: row for row in store.summaries()}
+    assert set(found) == {"demo-0001", "whole-0002"} and found["whole-0002"]["micro_usd"] == 2_520_000
+    shown = status_document(found["demo-0001"], driver_alive=False)
+    assert shown["run"] == "demo-0001" and shown["cost_usd"] == (None if lost == "events" else 2.52)
+    if lost == "events":
+        assert (found["demo-0001"]["state"], found["demo-0001"]["micro_usd"]) == ("unreadable", None)
+        with pytest.raises(StoreError, match="neither can its events"):
+            store.record("demo-0001")
+    else:
+        assert found["demo-0001"]["micro_usd"] == before["micro_usd"] == 2_520_000  # type: ignore[index]
+        assert store.record("demo-0001").state == "succeeded"  # type: ignore[union-attr]
+    assert "whole-0002" in store.specs(list(found))

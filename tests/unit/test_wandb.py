@@ -1,0 +1,99 @@
+"""What wandb is given: the real library, offline; what it wrote is read back from its file."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.driver.sinks import Wandb
+from tests.seeds import Seed
+
+pytestmark = pytest.mark.slow
+pytest.importorskip("wandb", reason="wandb is not installed: pip install 'llmctl[wandb]'")
+
+
+def records(path: Path) -> Iterator[Any]:
+    """The records of a .wandb file: LevelDB's log format (blocks of 32 KiB), with protocol buffers inside."""
+    from wandb.proto import wandb_internal_pb2 as pb
+
+    data, at, whole = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        left = 32768 - at % 32768
+        if left < 7:
+            at += left
+            continue
+        length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
+        whole += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in {1, 4}:
+            record = pb.Record()
+            record.ParseFromString(whole)
+            yield record
+            whole = b""
+
+
+def told(directory: Path) -> tuple[set[str], list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
+    """(run ids, history, last summary, config) of all offline runs in `directory`."""
+    ids, history, summary, config = set[str](), list[dict[str, Any]](), dict[str, Any](), dict[str, Any]()
+    for path in sorted((directory / "wandb").glob("offline-run-*/run-*.wandb")):
+        for record in records(path):
+            which = record.WhichOneof("record_type")
+            if which == "run":
+                ids.add(record.run.run_id)
+                config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+            elif which == "history":
+                items = {
+                    (item.key or ".".join(item.nested_key)): json.loads(item.value_json)
+                    for item in record.history.item
+                }
+                history.append({**items, "_step": record.history.step.num})
+            elif which == "summary":
+                summary |= {(item.key or ".".join(item.nested_key)): json.loads(item.value_json)
+                            for item in record.summary.update}  # fmt: skip
+    return ids, history, summary, config
+
+
+def test_a_driver_that_takes_over_continues_the_same_wandb_run(tmp_path: Path) -> None:
+    seed = Seed(tmp_path, wandb={"mode": "offline"}).rented().trained().logged()
+    said: list[str] = []
+    metrics = seed.directory / "metrics.jsonl"
+    everything = metrics.read_text().splitlines(keepends=True)
+    validation = {
+        "kind": "validation",
+        "step": 50,
+        "tokens": 12_800,
+        "time": json.loads(everything[49])["time"],
+        "validation_loss": 2.9,
+    }
+    metrics.write_text("".join(everything[:50]) + json.dumps(validation) + "\n")
+    first = Wandb(seed.record, seed.directory, said.append)
+    first(seed.record)
+    first._sink.close(30)  # type: ignore[union-attr]  # killed: no summary, and its run is not finished
+    first._run.finish()
+    metrics.write_text("".join(everything[:50]) + json.dumps(validation) + "\n" + "".join(everything[50:]))
+    second = Wandb(seed.record, seed.directory, said.append)
+    second(seed.record)
+    seed.checkpoint(100).released().ended()
+    second.finish(seed.record)
+
+    ids, history, summary, config = told(seed.directory)
+    assert said == []
+    assert ids == {seed.run}
+    steps = [item["_step"] for item in history if "loss" in item]
+    assert sorted(steps) == list(range(1, 101)), "each step once, over both drivers"
+    assert sum("validation_loss" in item for item in history) == 1
+    dollars = [item["cost_usd"] for item in history if "loss" in item]
+    assert dollars == sorted(dollars) and dollars[-2] == pytest.approx(2.38)
+    assert config["hardware_used"]["world_size"] == 2 and config["train"]["steps"] == 100
+    assert (summary["cost_usd"], summary["state"], summary["validation_loss"]) == (2.52, "succeeded", 2.7)
+    phases = summary.get("phases_usd") or {
+        key.removeprefix("phases_usd."): value
+        for key, value in summary.items()
+        if key.startswith("phases_usd.")
+    }
+    assert phases["training"] == 2.0 and sum(phases.values()) == pytest.approx(2.52)
