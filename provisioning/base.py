@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from runs.facts import Inventory, Marker, NodeFacts, Offer
+from runs.facts import BillingEvidence, Inventory, Marker, NodeFacts, Offer
 
 
 class ProviderError(Exception):
@@ -88,6 +88,8 @@ class Traits:
     """The node ends itself when its lease ends, without this machine."""
     host_key: str = "injected"
     """Where the spec does not say: `injected` (made here and pinned before the node exists) or `accept-new`."""
+    audited: bool = False
+    """The provider keeps a log that may say when a node began and ended: it is `Audited`."""
     own_login: bool = False
     """The user's own machine: without an identity_file the user's usual keys may log in."""
 
@@ -159,6 +161,14 @@ class Provider(Protocol):
 
     def leftovers(self) -> Sequence[str]:
         """Other things that bill (volumes, filesystems, requests), one sentence each; for `reap`."""
+
+
+@runtime_checkable
+class Audited(Protocol):
+    """A provider whose `traits.audited` holds."""
+
+    def billing_evidence(self, node_id: str, since: datetime) -> BillingEvidence:
+        """What the provider's own log says of a node's life. Raises CredentialsError where this account may not read it, Unavailable."""
 
 
 @dataclass(frozen=True)

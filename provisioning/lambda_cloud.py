@@ -33,7 +33,7 @@ from provisioning.cloudinit import LARGEST_BYTES, SelfTerminate, user_data
 from provisioning.lambda_api import CONSOLE, GONE_CODES, LambdaApi, base_url, find_credentials, redacted
 from provisioning.lambda_models import AuditEvent, Filesystem, Instance, SSHKey, node_facts
 from provisioning.ratelimit import Limiter, Rates, SharedReading
-from runs.facts import Inventory, Marker, NodeFacts, Offer
+from runs.facts import BillingEvidence, Inventory, Marker, NodeFacts, Offer
 
 _INSTANCES = TypeAdapter(list[Instance])
 _KEYS = TypeAdapter(list[SSHKey])
@@ -106,6 +106,7 @@ class LambdaCloud:
             retry_seconds=5 * pace,
             unreachable_seconds=1200 * pace,
             lease_on_node=bool(hardware.get("self_terminate")),
+            audited=True,
         )
 
     def offers(self, hardware: dict[str, object]) -> list[Offer]:
@@ -243,30 +244,26 @@ class LambdaCloud:
         held = self._api.read("GET", "/file-systems").parsed(_FILESYSTEMS)
         return [_filesystem_sentence(filesystem) for filesystem in held]
 
-    def billing_evidence(
-        self, node_id: str, since: datetime | None = None
-    ) -> tuple[datetime | None, datetime | None]:
-        """(launched, terminated) as the account's audit log has them; None for what it does not say or this key may not
-        read. The names of the actions are in no document: the first event about an instance is its launch, and its end
-        is the last one whose action speaks of terminating or deleting."""
-        params = {"start": since.astimezone(UTC).isoformat().replace("+00:00", "Z")} if since else {}
+    def billing_evidence(self, node_id: str, since: datetime) -> BillingEvidence:
+        """See Provider. The names of the actions are in no document: the first event about an instance is its launch, and
+        its end is the last one whose action speaks of terminating or deleting."""
+        params = {"start": since.astimezone(UTC).isoformat().replace("+00:00", "Z")}
         events: list[AuditEvent] = []
-        try:
-            for _ in range(25):
-                answer = self._api.read("GET", "/audit-events", params=params)
-                events += [event for event in answer.parsed(_EVENTS) if event.concerns(node_id)]
-                token = answer.body.get("page_token")
-                if not isinstance(token, str) or not token:
-                    break
-                params["page_token"] = token
-        except ProviderError:
-            return None, None
+        for _ in range(25):
+            answer = self._api.read("GET", "/audit-events", params=params)
+            events += [event for event in answer.parsed(_EVENTS) if event.concerns(node_id)]
+            token = answer.body.get("page_token")
+            if not isinstance(token, str) or not token:
+                break
+            params["page_token"] = token
         dated = sorted(
             (event.event_time.astimezone(UTC), event.action.lower()) for event in events if event.event_time
         )
         ends = [at for at, action in dated if "terminat" in action or "delet" in action]
         launched = dated[0][0] if dated and dated[0][0] not in ends else None
-        return launched, ends[-1] if ends else None
+        return BillingEvidence(
+            source="Lambda's audit log", launched=launched, ended=ends[-1] if ends else None
+        )
 
     def _body(self, request: LaunchRequest, key_name: str) -> dict[str, object]:
         options = request.options

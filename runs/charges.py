@@ -17,7 +17,7 @@ from datetime import UTC, datetime, timedelta
 from itertools import accumulate
 
 from runs.events import PHASES, Phase
-from runs.facts import Tariff
+from runs.facts import BillingEvidence, Tariff
 from runs.record import AttemptRecord, NodeRecord, RunRecord
 
 DOUBT = timedelta(minutes=1)
@@ -112,6 +112,20 @@ def _end(node: NodeRecord, now: datetime) -> tuple[datetime, bool]:
     if node.gone_at is not None:
         return node.terminate_accepted_at or node.gone_at, True
     return now, False
+
+
+def contradiction(node: NodeRecord, said: BillingEvidence) -> str | None:
+    """Why a log cannot be right about a node, beside what was seen here; None where it can. Up to a minute is doubt of clocks."""
+    if said.launched is not None and said.launched < node.intended_at - DOUBT:
+        return "it has a launch before the one that was intended"
+    if said.ended is None:
+        return None
+    seen = max(at for at in (node.intended_at, node.active_at, node.ready_at) if at is not None)
+    if said.ended < seen - DOUBT:
+        return "the node was seen alive after that end"
+    if node.gone_at is not None and said.ended > node.gone_at + DOUBT:
+        return "the node was seen gone before that end"
+    return None
 
 
 def total(run: RunRecord, now: datetime) -> int:

@@ -7,7 +7,7 @@ committed before what it announces (an intent) or after what it reports (an outc
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
@@ -18,16 +18,7 @@ VERSION = 1
 
 Outcome = Literal["succeeded", "failed", "stopped", "lost"]
 Phase = Literal["training", "redone", "evaluating", "preparing", "collecting", "booting", "releasing", "idle"]
-PHASES: tuple[Phase, ...] = (
-    "training",
-    "redone",
-    "evaluating",
-    "preparing",
-    "collecting",
-    "booting",
-    "releasing",
-    "idle",
-)
+PHASES: tuple[Phase, ...] = get_args(Phase)
 """Where several overlap, the first has the time."""
 
 
@@ -373,8 +364,17 @@ class NodeGone(Event):
 
     kind: Literal["NodeGone"] = "NodeGone"
     evidence: str
-    ended_at: datetime | None = None
-    """When billing ended, where something says so (audit events); otherwise as charges infer it."""
+
+
+class BillingReconciled(Event):
+    """The provider's own log was asked about a node that is gone; where it is believed, the bill follows it."""
+
+    kind: Literal["BillingReconciled"] = "BillingReconciled"
+    source: str
+    launched: datetime | None = None
+    ended: datetime | None = None
+    contradiction: str | None = None
+    """Why it is not believed: what was seen here cannot be true beside it."""
 
 
 RunEvent = Annotated[
@@ -385,7 +385,8 @@ RunEvent = Annotated[
 ]  # fmt: skip
 NodeEvent = Annotated[
     LaunchIntended | LaunchAnswered | LaunchRefused | LaunchAmbiguous | LaunchFound | LaunchAbandoned | NodeObserved
-    | NodeReady | PreflightFailed | LeaseExtended | NodeKept | NodeClaimed | TerminateIntended | TerminateAnswered | NodeGone,
+    | NodeReady | PreflightFailed | LeaseExtended | NodeKept | NodeClaimed | TerminateIntended | TerminateAnswered | NodeGone
+    | BillingReconciled,
     Field(discriminator="kind"),
 ]  # fmt: skip
 AnyEvent = RunEvent | NodeEvent

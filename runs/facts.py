@@ -130,6 +130,14 @@ class NodeFacts(Fact):
     terminate_available: bool = True
 
 
+class BillingEvidence(Fact):
+    """What a provider's own log says of a node's life; None for what it does not say."""
+
+    source: str
+    launched: datetime | None = None
+    ended: datetime | None = None
+
+
 class Inventory(Fact):
     """One believable look at everything a provider has for this account."""
 

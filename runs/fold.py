@@ -53,7 +53,8 @@ def fold_node(node: NodeRecord | None, event: e.NodeEvent) -> NodeRecord:
 def _answered(node: NodeRecord, event: e.LaunchAnswered | e.LaunchFound) -> NodeRecord:
     # A node that was believed gone or abandoned and is there after all bills again until it is really gone. When its
     # termination was accepted stays: where the list was only late, that is still when billing ended.
-    back = {"gone_at": None, "gone_evidence": None, "billing_ended_at": None} if node.gone_at else {}
+    again = ("gone_at", "gone_evidence", "billing_ended_at", "audited") if node.gone_at else ()
+    back: dict[str, Any] = dict.fromkeys(again)
     return _with(node, answer="known", id=event.id, **back)
 
 
@@ -116,15 +117,26 @@ def _terminate_answered(node: NodeRecord, event: e.TerminateAnswered) -> NodeRec
 
 def _gone(node: NodeRecord, event: e.NodeGone) -> NodeRecord:
     if node.gone_at is not None:
-        return _with(node, billing_ended_at=event.ended_at or node.billing_ended_at)
+        return node
     answer = "known" if node.answer in {"none", "ambiguous"} else node.answer
     return _with(
         node,
         gone_at=event.at,
         gone_evidence=event.evidence,
-        billing_ended_at=event.ended_at,
         answer=answer,
         kept=False,
+    )
+
+
+def _reconciled(node: NodeRecord, event: e.BillingReconciled) -> NodeRecord:
+    if event.contradiction is not None:
+        return _with(node, audited=f"{event.source} is not believed: {event.contradiction}")
+    start = node.active_not_before
+    if start is not None and event.launched is not None:
+        start = min(max(start, event.launched), node.active_at or start)
+    said = f"ended at {event.ended:%Y-%m-%d %H:%M:%S} UTC by {event.source}" if event.ended else None
+    return _with(
+        node, active_not_before=start, billing_ended_at=event.ended or node.billing_ended_at, audited=said
     )
 
 
@@ -143,6 +155,7 @@ _NODE: dict[type, Callable[[NodeRecord, Any], NodeRecord]] = {
     e.TerminateIntended: _terminate_intended,
     e.TerminateAnswered: _terminate_answered,
     e.NodeGone: _gone,
+    e.BillingReconciled: _reconciled,
 }
 
 

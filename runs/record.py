@@ -10,6 +10,9 @@ from runs.events import Outcome
 from runs.facts import Fact, Marker, NodeStatus, Offer
 from runs.rows import LIVE
 
+LATE = "late arrival"
+"""Why a node was ended that appeared after its launch was given up, by whichever driver saw it."""
+
 RunState = Literal["planned", "waiting", "booting", "preparing", "training", "collecting", "releasing",
                    "succeeded", "failed", "stopped", "lost"]  # fmt: skip
 
@@ -67,6 +70,8 @@ class NodeRecord(Fact):
     gone_at: datetime | None = None
     gone_evidence: str | None = None
     billing_ended_at: datetime | None = None
+    audited: str | None = None
+    """What the provider's log said of its life, in words, once that was asked."""
 
     @property
     def tenants(self) -> tuple[str, ...]:

@@ -323,6 +323,17 @@ class Store:
         with self._transaction("DEFERRED"):
             return self._parsed(" AND ".join(where), values)
 
+    def given_up(self, provider: str, since: datetime, *, beside: str) -> tuple[NodeRecord, ...]:
+        """Launches of other runs than `beside` that were given up and intended after `since`, and those of any age that came late
+        and are being ended."""
+        from runs.record import LATE
+
+        where = "provider = ? AND run != ? AND (json_extract(record, '$.answer') = 'abandoned' OR unsettled)"
+        return tuple(
+            node for node in self._parsed(where, [provider, beside])
+            if (node.intended_at >= since if node.answer == "abandoned" else node.terminate_reason == LATE)
+        )  # fmt: skip
+
     def events(self, stream: str) -> list[e.RunEvent | e.NodeEvent]:
         """All events of a stream, in order."""
         from runs import events as e
@@ -441,13 +452,6 @@ class Store:
         with self._transaction():
             self._db.execute("DELETE FROM runs WHERE run = ?", (run,))
             self._db.execute("DELETE FROM events WHERE stream = ?", (f"run:{run}",))
-
-    def copy(self, to: Path) -> None:
-        """A consistent copy of the store."""
-        target = sqlite3.connect(to)
-        with target:
-            self._db.backup(target)
-        target.close()
 
 
 def _tenancy(

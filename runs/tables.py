@@ -22,6 +22,9 @@ MIGRATIONS = (
     CREATE INDEX nodes_run ON nodes (run);
     CREATE INDEX nodes_unsettled ON nodes (unsettled);
     """,
+    """
+    CREATE INDEX nodes_given_up ON nodes (provider) WHERE json_extract(record, '$.answer') = 'abandoned';
+    """,
 )
 """Each is what one version adds to the one before."""
 

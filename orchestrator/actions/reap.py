@@ -182,10 +182,11 @@ def _terminate(store: Store, provider: Provider, clock: Clock, item: Orphan) -> 
     if node is None or item.facts.key is None:
         effects.terminate_foreign(provider, item.facts.id)
         return True
-    if node.id != item.facts.id or node.settled:
-        store.commit([(e.node_stream(node.key), e.LaunchFound(at=clock.now(), id=item.facts.id))])
+    lost = node.id != item.facts.id or node.settled
+    found = (e.node_stream(node.key), e.LaunchFound(at=clock.now(), id=item.facts.id))
+    told, run = [found] if lost else [], item.run or node.run
     try:
-        effects.terminate(store, provider, clock, node.key, "reaped", run=item.run or node.run)
+        effects.terminate(store, provider, clock, node.key, "reaped", run=run, told=told)
     except NotYours:
         return False
     return True

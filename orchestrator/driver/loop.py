@@ -59,7 +59,8 @@ class Driver:
             record = self._record()
         for tell in self.after:
             tell(record)
-        answer = decide(record, hands.sight.world(hands.provider, view), hands.clock.now())
+        world = hands.sight.world(hands.provider, view, hands.given_up(record))
+        answer = decide(record, world, hands.clock.now())
         if not isinstance(answer, w.Wait | w.Done):
             hands.perform(answer, record)
         return answer

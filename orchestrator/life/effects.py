@@ -5,16 +5,18 @@ This is the only module that calls a provider's launch and terminate.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import singledispatchmethod
 from typing import Any, Protocol
 
 from orchestrator.clock import Clock
-from orchestrator.life import terms
+from orchestrator.life import terms, vigil
 from orchestrator.life import world as w
+from orchestrator.life.sight import Sight, Site
 from provisioning.base import (
+    Audited,
     CredentialsError,
     InvalidHardware,
     LaunchRequest,
@@ -23,93 +25,14 @@ from provisioning.base import (
     ProviderError,
     Refused,
 )
+from runs import charges
 from runs import events as e
 from runs.facts import ENDED, Inventory, Marker, NodeFacts, Offer, lease_minutes
-from runs.record import NodeRecord, RunRecord
+from runs.record import LATE, NodeRecord, RunRecord
 from runs.store import NotYours, Store
 
 BOOTING_NOTED = timedelta(seconds=30)
 """How often it is noted that a node still boots: billing begins later than that, whoever sees it active."""
-
-
-@dataclass(frozen=True)
-class SiteView:
-    """What a Site saw since it was last asked."""
-
-    contacts: Mapping[str, w.Contact] = field(default_factory=dict)
-    trainer: w.TrainerView | None = None
-    jobs: Mapping[str, w.Job] = field(default_factory=dict)
-    events: Sequence[tuple[str, e.RunEvent | e.NodeEvent]] = ()
-    """(stream, event), to be committed."""
-
-
-class Site(Protocol):
-    """What happens on nodes. Nothing here blocks: work goes on in the background, and is seen by `observe`.
-
-    A job that was asked for is in the next view, in whatever state; what was seen of the trainer before `start` or `stop`
-    is not in any view after it. An event is in the view that says that its job is done, or in an earlier one.
-    """
-
-    def observe(self, run: RunRecord) -> SiteView:
-        """Keep connections to the nodes of the open attempt; report what was heard."""
-
-    def prepare(self, run: RunRecord, key: str) -> None:
-        """Begin the lanes of a node."""
-
-    def start(self, run: RunRecord, token: str, deadline: datetime | None) -> None:
-        """Start the supervisors under `token`; harmless where they run."""
-
-    def stop(self, run: RunRecord, *, checkpoint: bool) -> None:
-        """Ask the supervisors to end."""
-
-    def collect(self, run: RunRecord, steps: Sequence[int], *, weights_only: bool) -> None:
-        """Begin to bring home checkpoints, log, metrics and evaluations."""
-
-
-@dataclass
-class Sight:
-    """What this driver remembers of what it saw; lost with it, and seen again by the next."""
-
-    offers: tuple[Offer, ...] | None = None
-    offers_at: datetime | None = None
-    offers_error: str | None = None
-    inventory: Inventory | None = None
-    previous_at: datetime | None = None
-    looked_at: datetime | None = None
-    absent: dict[str, tuple[datetime, ...]] = field(default_factory=dict)
-    confirmed_at: dict[str, datetime] = field(default_factory=dict)
-    stop_asked: tuple[datetime, bool] | None = None
-    lease_tried_at: dict[str, datetime] = field(default_factory=dict)
-    claim_refused: str | None = None
-    complaint: str | None = None
-    """Why the last look failed, for people."""
-
-    def see(self, inventory: Inventory, nodes: Sequence[NodeRecord]) -> None:
-        """Take in an inventory: what is there, and which of our nodes are not."""
-        self.previous_at = self.inventory.at if self.inventory else None
-        self.inventory, self.complaint = inventory, None
-        for node in nodes:
-            shown = inventory.find(node.key, node.id) is not None
-            self.absent[node.key] = () if shown else (*self.absent.get(node.key, ())[-8:], inventory.at)
-
-    def world(self, provider: Provider, view: SiteView) -> w.World:
-        """The world as `decide` wants it."""
-        return w.World(
-            traits=provider.traits,
-            offers=self.offers,
-            offers_at=self.offers_at,
-            offers_error=self.offers_error,
-            inventory=self.inventory,
-            absent=dict(self.absent),
-            looked_at=self.looked_at,
-            confirmed_at=dict(self.confirmed_at),
-            contacts=view.contacts,
-            trainer=view.trainer,
-            jobs=view.jobs,
-            stop_asked=self.stop_asked,
-            lease_tried_at=dict(self.lease_tried_at),
-            claim_refused=self.claim_refused,
-        )
 
 
 @dataclass
@@ -160,12 +83,25 @@ class Hands:
             sight.complaint = str(error)
             return
         sight.see(inventory, run.nodes)
-        changes = [
-            self._observed(node, inventory.find(node.key, node.id), sight.previous_at)
-            for node in run.owned
-            if node.answer == "known"
-        ]
-        self.commit(*(change for change in changes if change is not None))
+        for node in (*run.owned, *self.given_up(run)):
+            found = inventory.find(node.key, node.id)
+            observed = self._observed(node, found, sight.previous_at) if node.answer == "known" else None
+            if observed is not None:
+                self._note(node, observed)
+
+    def given_up(self, run: RunRecord) -> tuple[NodeRecord, ...]:
+        """Launches that other runs of this home gave up and that are still watched for."""
+        since = self.clock.now() - vigil.ABANDONED_WATCH
+        return self.store.given_up(self.provider.name, since, beside=run.run)
+
+    def _note(self, node: NodeRecord, change: tuple[str, e.NodeEvent]) -> None:
+        """Commit what was learnt of a node: as this epoch, unless it is one that another run gave up, which no driver answers for."""
+        self.store.commit([change], epoch=self.epoch if node.run == self.run else None, run=node.run)
+
+    def _node(self, run: RunRecord, key: str) -> NodeRecord:
+        node = run.node(key) or self.store.node(key)
+        assert node is not None
+        return node
 
     def _observed(
         self, node: NodeRecord, facts: NodeFacts | None, before: datetime | None
@@ -192,8 +128,8 @@ class Hands:
 
     @perform.register
     def _(self, effect: w.Confirm, run: RunRecord) -> None:
-        node = run.node(effect.key)
-        assert node is not None and node.id is not None
+        node = self._node(run, effect.key)
+        assert node.id is not None
         self.sight.confirmed_at[effect.key] = self.clock.now()
         try:
             facts = self.provider.find(node.id)
@@ -205,14 +141,38 @@ class Hands:
             # One that was never seen may only be too new to be known: a young "not found" proves nothing.
             young = (now - node.intended_at).total_seconds() < self.provider.traits.look_seconds
             if not (young and node.status is None):
-                self.commit((stream, e.NodeGone(at=now, evidence="not found")))
+                self._note(node, (stream, e.NodeGone(at=now, evidence="not found")))
         elif facts.status in ENDED:
-            self.commit((stream, e.NodeGone(at=now, evidence=f"reported as {facts.status}")))
+            self._note(node, (stream, e.NodeGone(at=now, evidence=f"reported as {facts.status}")))
         else:
             self.sight.absent[effect.key] = ()
             observed = self._observed(node, facts, self.sight.inventory.at if self.sight.inventory else None)
             if observed is not None:
-                self.commit(observed)
+                self._note(node, observed)
+
+    @perform.register
+    def _(self, effect: w.Reconcile, run: RunRecord) -> None:
+        node = run.node(effect.key)
+        assert node is not None and node.id is not None and isinstance(self.provider, Audited)
+        now, times = self.clock.now(), self.sight.audits.get(effect.key, (None, 0))[1] + 1
+        self.sight.audits[effect.key] = now, times
+        try:
+            said = self.provider.billing_evidence(node.id, node.intended_at - charges.DOUBT)
+        except CredentialsError:
+            self.sight.audits[effect.key] = now, vigil.MAX_AUDITS
+            return
+        except ProviderError as error:
+            self.sight.complaint = str(error)
+            return
+        if said.ended is not None:
+            told = e.BillingReconciled(
+                at=now,
+                source=said.source,
+                launched=said.launched,
+                ended=said.ended,
+                contradiction=charges.contradiction(node, said),
+            )
+            self.commit((e.node_stream(effect.key), told))
 
     # -------------------------------------------------------- renting
 
@@ -294,15 +254,28 @@ class Hands:
 
     @perform.register
     def _(self, effect: w.DeclareGone, run: RunRecord) -> None:
-        self.commit((e.node_stream(effect.key), e.NodeGone(at=self.clock.now(), evidence=effect.evidence)))
+        gone = e.NodeGone(at=self.clock.now(), evidence=effect.evidence)
+        self._note(self._node(run, effect.key), (e.node_stream(effect.key), gone))
 
     # -------------------------------------------------------- letting go
 
     @perform.register
     def _(self, effect: w.Terminate, run: RunRecord) -> None:
-        terminate(
-            self.store, self.provider, self.clock, effect.key, effect.reason, run=self.run, epoch=self.epoch
-        )
+        node = self._node(run, effect.key)
+        late = node.terminate_reason == LATE and node.run != self.run
+        author, epoch = (node.run, None) if late else (self.run, self.epoch)
+        terminate(self.store, self.provider, self.clock, effect.key, effect.reason, run=author, epoch=epoch)
+
+    @perform.register
+    def _(self, effect: w.EndLate, run: RunRecord) -> None:
+        node = self._node(run, effect.key)
+        if node.answer == "abandoned":  # no other driver was quicker
+            assert self.sight.inventory is not None
+            facts = self.sight.inventory.find(effect.key, effect.node_id)
+            found = (e.node_stream(node.key), e.LaunchFound(at=self.clock.now(), id=effect.node_id))
+            seen = [found, self._observed(node, facts, self.sight.previous_at)]
+            told = [change for change in seen if change is not None]
+            terminate(self.store, self.provider, self.clock, node.key, LATE, run=node.run, told=told)
 
     @perform.register
     def _(self, effect: w.Keep, run: RunRecord) -> None:
@@ -372,15 +345,19 @@ def terminate(
     *,
     run: str,
     epoch: int | None = None,
+    told: Sequence[tuple[str, e.NodeEvent]] = (),
 ) -> None:
-    """End one node of `run`: intent, call, answer. What it means is read from the provider later. Also the hand of `reap`.
+    """End one node of `run`: intent, call, answer. What it means is read from the provider later. Also the hand of `reap`. `told`:
+    that it is there after all, noted together with the intent, so that whoever comes next knows both or neither.
 
     Raises NotYours, and calls nobody, where another run has claimed the node.
     """
     stream = e.node_stream(key)
+    store.commit(
+        [*told, (stream, e.TerminateIntended(at=clock.now(), reason=reason))], epoch=epoch, run=run
+    )
     node = store.node(key)
     assert node is not None and node.id is not None
-    store.commit([(stream, e.TerminateIntended(at=clock.now(), reason=reason))], epoch=epoch, run=run)
     try:
         provider.terminate(node.id)
     except ProviderError as error:

@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 
-from orchestrator.life import terms, verdict
+from orchestrator.life import terms, verdict, vigil
 from orchestrator.life import world as w
 from orchestrator.life.pace import backoff, left_until, nearer, sooner
 from runs.facts import ENDED, NodeFacts
@@ -45,6 +45,7 @@ def decide(run: RunRecord, world: w.World, now: datetime) -> w.Effect | w.Wait |
 def _answers(run: RunRecord, world: w.World, now: datetime) -> Iterator[w.Effect | w.Wait | None]:
     yield _intents(run, world, now)
     yield _strays(run, world)
+    yield vigil.late(world)
     yield _terminations(run, world, now)
     yield _unwanted(run, world, now)
     if run.live and run.attempt is not None:
@@ -52,7 +53,9 @@ def _answers(run: RunRecord, world: w.World, now: datetime) -> Iterator[w.Effect
         yield _dead(run, world, now)
         yield _watch(run, world, now)
         yield _stage(run, run.attempt, world, now)
-    elif run.live:
+    yield vigil.reconcile(run, world, now)
+    yield vigil.watch(run, world, now)
+    if run.live and run.attempt is None:
         yield verdict.between(run, world, now)
 
 
@@ -90,7 +93,7 @@ def _strays(run: RunRecord, world: w.World) -> w.Effect | None:
 def _terminations(run: RunRecord, world: w.World, now: datetime) -> w.Effect | w.Wait | None:
     """A termination is believed when the provider shows it, and sent again until then."""
     soonest: w.Wait | None = None
-    for node in run.owned:
+    for node in (*run.owned, *world.given_up):
         if node.terminate_intended_at is None or node.settled or node.id is None:
             continue
         tried = node.terminate_tried_at or node.terminate_intended_at

@@ -77,6 +77,10 @@ class World:
     """key → when its provider was last told of a later lease."""
     claim_refused: str | None = None
     """Why a kept node could not be claimed: somebody was faster."""
+    given_up: tuple[NodeRecord, ...] = ()
+    """Launches that other runs of this home gave up within a day, and those of them that came late and are being ended."""
+    audits: Mapping[str, tuple[datetime, int]] = field(default_factory=dict)
+    """key → when its provider's log was last asked about it in vain, and how often."""
 
     def shown(self, node: NodeRecord, since: datetime) -> NodeFacts | None:
         """What an inventory taken after `since` shows of that node."""
@@ -184,6 +188,21 @@ class Terminate:
 
 
 @dataclass(frozen=True)
+class EndLate:
+    """End a node that another run gave up before it appeared: found, intent, call, outcome."""
+
+    key: str
+    node_id: str
+
+
+@dataclass(frozen=True)
+class Reconcile:
+    """Ask the provider's log when a node that is gone began and ended, and correct its bill by that."""
+
+    key: str
+
+
+@dataclass(frozen=True)
 class Keep:
     """Leave a node running after the run, as the spec says."""
 
@@ -252,8 +271,8 @@ class EndRun:
 
 
 Effect = (
-    AskOffers | Look | BeginAttempt | Claim | Launch | Adopt | Abandon | DeclareGone | Confirm | Terminate | Keep | ExtendLease | Prepare
-    | StartTrainer | StopTrainer | Collect | RequestStop | EndAttempt | EndRun
+    AskOffers | Look | BeginAttempt | Claim | Launch | Adopt | Abandon | DeclareGone | Confirm | Terminate | EndLate | Reconcile | Keep
+    | ExtendLease | Prepare | StartTrainer | StopTrainer | Collect | RequestStop | EndAttempt | EndRun
 )  # fmt: skip
 
 

@@ -49,6 +49,9 @@ def _head(run: RunRecord, now: datetime) -> None:
     render.line("  " + ", ".join(part for part in parts if part))
     render.line("  " + ", ".join(results(run)))
     render.line("  " + money(run, now))
+    for node in run.nodes:
+        if node.audited is not None:
+            render.line(f"  the bill of {node.key}: {node.audited}")
 
 
 def results(run: RunRecord) -> list[str]:

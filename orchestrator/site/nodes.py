@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.clock import Clock
-from orchestrator.life.effects import SiteView
+from orchestrator.life.sight import SiteView
 from orchestrator.life.world import Job
 from orchestrator.remote import transfer
 from orchestrator.remote.connection import Address, NodeUnreachable, RemoteError

@@ -189,7 +189,7 @@ def absences(story: Story, key: str, *ago: float, world: w.World | None = None) 
 
 def offers(story: Story, *items: Offer) -> w.World:
     """A world whose offers were read just now."""
-    return w.World(traits=Traits(), offers=tuple(items), offers_at=story.now)
+    return w.World(traits=Traits(), offers=tuple(items), offers_at=story.now, looked_at=story.now)
 
 
 def streams(story: Story) -> Sequence[tuple[str, e.RunEvent | e.NodeEvent]]:

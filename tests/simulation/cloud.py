@@ -7,8 +7,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from provisioning.base import Ambiguous, Check, LaunchRequest, NoCapacity, Refused, Traits, Unavailable
-from runs.facts import Inventory, Marker, NodeFacts, NodeStatus, Offer, Tariff
+from provisioning.base import (
+    Ambiguous,
+    Check,
+    CredentialsError,
+    LaunchRequest,
+    NoCapacity,
+    Refused,
+    Traits,
+    Unavailable,
+)
+from runs.facts import BillingEvidence, Inventory, Marker, NodeFacts, NodeStatus, Offer, Tariff
 
 from .plan import Plan
 
@@ -71,12 +80,10 @@ class Machine:
 class Cloud:
     """The fake provider. `checked` is called before each call that costs, with the method's name and its subject."""
 
-    name = "sim"
-    traits = Traits(boot_poll_seconds=15, terminate_poll_seconds=10)
-
     def __init__(
         self,
         plan: Plan,
+        name: str,
         *,
         time: Callable[[float], float],
         date: Callable[[float], datetime],
@@ -85,6 +92,9 @@ class Cloud:
         fault: Callable[[str], str | None],
     ) -> None:
         self.plan, self._time, self._date, self._passage = plan, time, date, passage
+        self.name = name
+        """One of its own in a store that schedules share."""
+        self.traits = Traits(boot_poll_seconds=15, terminate_poll_seconds=10, audited=plan.audit != "none")
         self._checked, self._fault = checked, fault
         self.machines: dict[str, Machine] = {}
         self.launches: dict[str, int] = {}
@@ -97,10 +107,14 @@ class Cloud:
         )
         self._offers = [
             Offer(
-                provider="sim", instance_type=f"type-{index}", region="here", gpu=None, gpus=0, tariff=tariff
+                provider=name, instance_type=f"type-{index}", region="here", gpu=None, gpus=0, tariff=tariff
             )
             for index in range(plan.offers)
         ]
+
+    def sold_out(self) -> None:
+        """Nothing is on offer any more."""
+        self._offers = []
 
     def _dark(self, t: float) -> bool:
         return any(f.kind == "blackout" and f.at <= t < f.at + f.seconds for f in self.plan.faults)
@@ -132,15 +146,13 @@ class Cloud:
         if fault == "ambiguous":
             self._time(30.0)
             raise Ambiguous("timed out")
-        machine = self._start(request.marker, t + (self._late if fault == "late" else 0.0))
+        machine = self._start(request.marker, t + (self.plan.late_seconds if fault == "late" else 0.0))
         machine.late = fault == "late"
         self._passage("launch>")
         if fault in {"lost", "late"}:
             self._time(30.0)
             raise Ambiguous("timed out")
         return machine.id
-
-    _late = 150.0
 
     def _start(self, marker: Marker, t: float) -> Machine:
         number = len(self.machines)
@@ -173,7 +185,7 @@ class Cloud:
             name=machine.marker.name if named else "",
             key=machine.key if named else None,
             status=status,
-            provider="sim",
+            provider=self.name,
             ip="10.0.0.1" if status in {"active", "unhealthy"} else None,
         )
 
@@ -219,6 +231,20 @@ class Cloud:
             raise Ambiguous("timed out")
         self.machines[node_id].marker = marker
         self._passage("extend>")
+
+    def billing_evidence(self, node_id: str, since: datetime) -> BillingEvidence:
+        self._passage("billing_evidence<")
+        t = self._read("billing_evidence")
+        if self.plan.audit == "forbidden":
+            raise CredentialsError("the log may not be read")
+        machine, skew = self.machines[node_id], 4000.0 if self.plan.audit == "skewed" else 0.0
+        ended = machine.billed_until if t >= machine.billed_until + self.plan.audit_lag_seconds else None
+        self._passage("billing_evidence>")
+        return BillingEvidence(
+            source="the log",
+            launched=self._date(machine.launched - self._time(0.0) - skew),
+            ended=self._date(ended - self._time(0.0) - skew) if ended is not None else None,
+        )
 
     def check(self) -> Sequence[Check]:
         return ()

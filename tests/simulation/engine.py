@@ -22,6 +22,7 @@ from runs.record import RunRecord
 from runs.store import Store
 
 from .cloud import Cloud
+from .neighbour import Neighbour
 from .nodes import Box, Nodes
 from .plan import Fault, Plan
 from .rules import Broken, Rules
@@ -81,6 +82,11 @@ class Ground:
         self.disk = sqlite3.connect(self.user.path, isolation_level=None)
         self.runs = len(self.user.runs())
 
+    def new_run(self) -> str:
+        """The id of another run."""
+        self.runs += 1
+        return _run_id(self.runs)
+
     def eye(self, run: str) -> RunRecord:
         """The record of any run."""
         record = self.user.record(run)
@@ -121,7 +127,7 @@ class Schedule:
         self._crashes = {(f.what, f.nth): f for f in plan.faults if f.kind == "crash"}
         self._actions = sorted((f for f in plan.faults if f.kind == "user"), key=lambda fault: fault.at)
         self.eye = ground.user
-        self.run = self._new_run()
+        self.run = ground.new_run()
         self.second: str | None = None
         """The run that claims the node that the first one keeps."""
         self.runs = [self.run]
@@ -130,6 +136,7 @@ class Schedule:
         self.here: dict[int, str] = {}
         self.cloud = Cloud(
             plan,
+            self.run,
             time=self.elapse,
             date=self.date,
             passage=self.passage,
@@ -140,10 +147,6 @@ class Schedule:
         for store in (ground.user, *ground.drivers):
             store.shown = self.rules.everything_shown
         self.epoch = 0
-
-    def _new_run(self) -> str:
-        self.ground.runs += 1
-        return _run_id(self.ground.runs)
 
     # ------------------------------------------------------------ the world's clock and its dice
 
@@ -266,9 +269,11 @@ class Schedule:
             self._use(sides[1])
             self.drive()
             self.rules.at_end()
-        self.elapse(300.0)
+        self.elapse(150.0 + self.plan.late_seconds)
         for side in sides:
             self._use(side)
+            if self.plan.neighbour and any(node.answer == "abandoned" for node in self.record().nodes):
+                Neighbour(self).watch()
             self._clean_up()
         self.rules.shared()
 
@@ -302,7 +307,7 @@ class Schedule:
         if node is None:
             return
         first, epoch, plan = self.run, self.epoch, self.plan
-        self.run = self.second = self._new_run()
+        self.run = self.second = self.ground.new_run()
         self.plan = replace(plan, on_finish=plan.claim_finish, claim_at=None, crash_at=None)
         self.note(f"{self.second} wants {node.key}")
         try:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from orchestrator.life.effects import SiteView
+from orchestrator.life.sight import SiteView
 from orchestrator.life.world import Contact, Job, TrainerView
 from runs import events as e
 from runs.record import NodeRecord, RunRecord

@@ -14,13 +14,14 @@ CALL_FAULTS = {
     "inventory": ("unavailable",),
     "find": ("unavailable",),
     "offers": ("unavailable",),
+    "billing_evidence": ("unavailable",),
     "extend": ("ambiguous",),
     "prepare": ("fails", "fatal"),
     "collect": ("fails",),
     "pull": ("fails",),
 }
 USER_ACTIONS = ("stop", "stop-now", "extend", "cancel", "resume")
-CRASH_PLACES = ("commit", "launch", "terminate", "inventory", "find", "offers", "observe", "prepare", "start", "stop",
+CRASH_PLACES = ("commit", "launch", "terminate", "inventory", "find", "offers", "observe", "billing_evidence", "prepare", "start", "stop",
                 "collect", "committed", "take-over", "extend")  # fmt: skip
 
 
@@ -69,6 +70,13 @@ class Plan:
     on_finish: str = "terminate"
     fetch: str = "latest"
     max_restarts: int = 3
+    audit: str = "none"
+    """The provider's log of lives: none | honest | forbidden | skewed (by a clock that is wrong)"""
+    audit_lag_seconds: float = 0.0
+    late_seconds: float = 150.0
+    """How late a launch that nobody was told of appears."""
+    neighbour: bool = False
+    """After the end another run's driver looks, before the own run's does."""
     crash_at: int | None = None
     """Crash at this passage, counted over all places: for going through them one by one."""
     claim_at: int | None = None
@@ -106,6 +114,10 @@ def _world(rng: random.Random) -> dict[str, Any]:
         "max_restarts": rng.choice((0, 3)),
         "claim_at": rng.choice((None, rng.randrange(120))),
         "claim_finish": rng.choice(("terminate", "keep", "3m")),
+        "audit": rng.choice(("none", "none", "none", "honest", "forbidden", "skewed")),
+        "audit_lag_seconds": rng.choice((0.0, 12.0, 1e9)),
+        "late_seconds": rng.choice((150.0, 150.0, 900.0)),
+        "neighbour": rng.choice((False, True)),
     }
 
 

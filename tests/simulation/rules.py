@@ -12,7 +12,7 @@ from orchestrator.life import world as w
 from runs import charges
 from runs import events as e
 from runs.fold import fold_node, fold_run
-from runs.record import NodeRecord, RunRecord
+from runs.record import LATE, NodeRecord, RunRecord
 from runs.store import StaleEpoch, Store
 
 if TYPE_CHECKING:
@@ -50,8 +50,11 @@ class Rules:
             "SELECT kind FROM events WHERE stream = ? ORDER BY seq", (f"node:{key}",)
         )
         kinds = [row[0] for row in rows]
-        owner = self.s.ground.disk.execute("SELECT run FROM nodes WHERE key = ?", (key,)).fetchone()[0]
-        _hold(owner == self.s.run, f"{self.s.run} calls {method} for {key}, which is {owner}'s")
+        owner, reason = self.s.ground.disk.execute(
+            "SELECT run, json_extract(record, '$.terminate_reason') FROM nodes WHERE key = ?", (key,)
+        ).fetchone()
+        mine = owner == self.s.run or (method == "terminate" and reason == LATE)
+        _hold(mine, f"{self.s.run} calls {method} for {key}, which is {owner}'s")
         if method == "launch":
             _hold(kinds == ["LaunchIntended"], f"launch of {key} is called after {kinds}")
             _hold(not self.s.cloud.launches.get(key), f"launch of {key} is called twice")
@@ -227,6 +230,7 @@ class Rules:
     def _ledger(self, run: RunRecord) -> None:
         """The bill of each node against what the provider really counted."""
         for machine, node in self._machines(run):
+            self._logged(node, machine)
             seconds = max(0.0, min(machine.billed_until, self.s.t) - machine.active)
             bill = charges.node_bill(node, self.s.now())
             billed = bill.seconds if bill is not None else 0.0
@@ -238,7 +242,17 @@ class Rules:
                 continue  # it came late or was called by a driver that died, and ended unseen: only an audit could tell
             _hold(billed >= low, f"{node.key}: {billed:.0f} s on the bill, {truth:.0f} s in truth")
             high = truth + 60.0 + self.s.plan.minimum_seconds + self._slack() + self._blind(machine)
+            if machine.late and node.billing_ended_at is None:
+                high += self.s.plan.late_seconds  # it appeared while nobody looked: only the log could tell when
             _hold(billed <= high, f"{node.key}: {billed:.0f} s on the bill, {truth:.0f} s in truth")
+
+    def _logged(self, node: NodeRecord, machine: Machine) -> None:
+        """A log that is believed ends the bill to the second; one whose clock is wrong is not believed."""
+        if node.billing_ended_at is None:
+            return
+        _hold(self.s.plan.audit == "honest", f"{node.key}: a log that is wrong is believed: {node.audited}")
+        truth = self.s.date(machine.billed_until - self.s.t)
+        _hold(node.billing_ended_at == truth, f"{node.key}: the bill does not end as the log says")
 
     def _blind(self, machine: Machine) -> float:
         """How long it may take to learn of an end that nobody announced."""

@@ -19,6 +19,7 @@ PARTS = 8
 WORLDS = {
     "lost answer": Plan(2, (Fault("call", "launch:lost"),), steps=10, every=5),
     "lying end": Plan(3, (Fault("call", "terminate:lie"),), steps=10, on_finish="3m", vanish_seconds=0.0),
+    "late, for others": Plan(6, (Fault("call", "launch:late"), Fault("user", "stop", at=70.0)), steps=10, neighbour=True, audit="honest"),
     "a node dies": Plan(4, (Fault("node", "preempted", 0, at=110.0),), boot_seconds=20.0),
     "stopped while booting": Plan(5, (Fault("user", "stop", at=30.0), Fault("user", "resume", at=200.0)), steps=10),
     "handed over": Plan(6, steps=10, on_finish="3m", claim_at=10**6, claim_finish="3m", vanish_seconds=0.0),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from runs import charges
 from runs import events as e
 from runs.events import PHASES
-from runs.facts import Tariff
+from runs.facts import BillingEvidence, Tariff
 from tests.simulation.builders import KEY, RUN, Story, at
 
 
@@ -88,10 +88,30 @@ def test_an_acceptance_that_led_to_nothing_is_not_the_end_of_the_bill() -> None:
     assert _bill(believed).end == at(100)
 
 
-def test_what_an_audit_says_is_the_end_of_the_bill() -> None:
-    story = Story().begun().launched().ready().after(100).terminated().after(60).gone()
-    story.tell(e.NodeGone(at=story.now, evidence="audit", ended_at=at(90)))
-    assert _bill(story).end == at(90)
+def _reconciled(launched: float, ended: float) -> Story:
+    """A node that was seen gone an hour after it was seen alive, and what the provider's log says of it."""
+    story = Story().begun().launched().after(100).ready().after(3600).gone()
+    said = BillingEvidence(source="the log", launched=at(launched), ended=at(ended))
+    why = charges.contradiction(story.nodes[KEY], said)
+    return story.tell(e.BillingReconciled(at=story.now, contradiction=why, **said.model_dump()))
+
+
+def test_what_the_providers_log_says_is_the_bill() -> None:
+    story = _reconciled(20, 400)
+    assert (_bill(story).start, _bill(story).end, _bill(story).final) == (at(20), at(400), True)
+    assert story.nodes[KEY].audited == "ended at 2026-03-01 12:06:40 UTC by the log"
+
+
+@pytest.mark.parametrize(
+    ("launched", "ended", "why"),
+    [(-4000, 400, "a launch before"), (20, 30, "seen alive after"), (20, 4000, "seen gone before")],
+)
+def test_a_log_that_what_was_seen_contradicts_changes_nothing(
+    launched: float, ended: float, why: str
+) -> None:
+    story = _reconciled(launched, ended)
+    assert (_bill(story).start, _bill(story).end) == (at(0), at(3700))
+    assert why in str(story.nodes[KEY].audited)
 
 
 def test_less_than_a_minute_of_doubt_is_free_and_more_is_not() -> None:

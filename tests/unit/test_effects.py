@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from orchestrator.life import world as w
-from orchestrator.life.effects import Hands, SiteView, plain
+from orchestrator.life.effects import Hands, plain
+from orchestrator.life.sight import SiteView
 from provisioning.base import (
     Ambiguous,
     CredentialsError,
@@ -19,7 +20,7 @@ from provisioning.base import (
     Unavailable,
 )
 from runs import events as e
-from runs.facts import Inventory, NodeFacts
+from runs.facts import BillingEvidence, Inventory, NodeFacts
 from runs.record import NodeRecord, RunRecord
 from runs.store import StaleEpoch, Store
 from tests.simulation.builders import KEY, OFFER, RUN, Story, at
@@ -34,6 +35,7 @@ class Fake:
     def __init__(self, home: Path) -> None:
         self.home = home
         self.raises: Exception | None = None
+        self.said = BillingEvidence(source="the log")
         self.nodes: list[NodeFacts] = []
         self.calls: list[tuple[str, Any, list[str]]] = []
 
@@ -64,6 +66,10 @@ class Fake:
     def find(self, node_id: str) -> NodeFacts | None:
         self._called("find", node_id)
         return next((node for node in self.nodes if node.id == node_id), None)
+
+    def billing_evidence(self, node_id: str, since: Any) -> BillingEvidence:
+        self._called("billing_evidence", (node_id, since))
+        return self.said
 
 
 class StoppedClock:
@@ -143,6 +149,60 @@ def test_a_termination_is_intended_called_and_answered(
     assert (method, node_id, kinds[-1]) == ("terminate", "i-10", "TerminateIntended")
     assert (bench.node.terminate_accepted_at is not None) is accepted
     assert bench.node.gone_at is None
+
+
+def _other_runs_driver(tmp_path: Path) -> Bench:
+    """A driver of another run of the same home, which sees an inventory with a launch of ours that was given up."""
+    bench = Bench(
+        tmp_path, Story().begun().intended().after(70).tell(e.LaunchAbandoned(at=at(70))).attempt_ended("x")
+    )
+    facts = NodeFacts(id="i-77", name="", key=KEY, status="active", provider="sim", ip="1.1.1.1")
+    bench.provider.nodes = [facts]
+    created = Story().changes[0][1].model_copy(update={"run": "next-0001"})
+    started = e.DriverStarted(at=at(1), epoch=1, pid=1, start_time=0.0, boot_id="b")
+    bench.store.commit([(e.run_stream("next-0001"), created), (e.run_stream("next-0001"), started)])
+    # The run of the late node had a driver of a higher epoch: what others do about its node is not stale for that.
+    newer = [(e.run_stream(RUN), started.model_copy(update={"epoch": number})) for number in range(2, 5)]
+    for change in newer:
+        bench.store.commit([change])
+    return bench
+
+
+def test_a_late_arrival_is_found_and_intended_to_end_in_one_commit(tmp_path: Path) -> None:
+    bench = _other_runs_driver(tmp_path)
+    run = bench.store.record("next-0001")
+    assert run is not None
+    assert [node.key for node in bench.hands.given_up(run)] == [KEY]
+    bench.hands.perform(w.Look("x"), run)
+    bench.hands.perform(w.EndLate(KEY, "i-77"), run)
+    method, node_id, kinds = bench.provider.calls[-1]
+    assert (method, node_id) == ("terminate", "i-77")
+    assert kinds[-3:] == ["LaunchFound", "NodeObserved", "TerminateIntended"]
+    assert (bench.node.terminate_reason, bench.node.settled) == ("late arrival", False)
+    assert [node.key for node in bench.hands.given_up(run)] == [KEY]
+    calls = len(bench.provider.calls)
+    bench.hands.perform(w.EndLate(KEY, "i-77"), run)  # another driver was quicker
+    assert len(bench.provider.calls) == calls
+    bench.provider.nodes = []
+    bench.hands.perform(w.Confirm(KEY), run)
+    assert bench.node.gone_at is not None
+    assert bench.hands.given_up(run) == ()
+
+
+def test_evidence_is_kept_where_there_is_some_and_asked_for_once_where_it_is_forbidden(
+    tmp_path: Path,
+) -> None:
+    bench = Bench(tmp_path, Story().begun().launched().ready().after(100).terminated().after(500).gone())
+    bench.provider.said = BillingEvidence(source="the log")
+    bench.do(w.Reconcile(KEY))
+    assert (bench.node.audited, bench.hands.sight.audits) == (None, {KEY: (at(600), 1)})
+    bench.provider.said = BillingEvidence(source="the log", launched=at(1), ended=at(90))
+    bench.do(w.Reconcile(KEY))
+    assert bench.node.billing_ended_at == at(90)
+    assert bench.provider.calls[-1] == ("billing_evidence", ("i-10", at(-60)), bench.provider.calls[-1][2])
+    bench.provider.raises = CredentialsError("no", code="forbidden")
+    bench.do(w.Reconcile(KEY))
+    assert bench.hands.sight.audits[KEY][1] == 4
 
 
 def test_a_superseded_driver_calls_nothing(tmp_path: Path) -> None:

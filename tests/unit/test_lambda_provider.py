@@ -470,7 +470,8 @@ def test_the_audit_log_dates_a_life(paper: Paper, words: dict[str, str]) -> None
     paper.tick(90)
     for node in nodes:
         provider.terminate(node)
-    launched_at, terminated_at = provider.billing_evidence(nodes[2], datetime.fromtimestamp(start - 60, UTC))
+    said = provider.billing_evidence(nodes[2], datetime.fromtimestamp(start - 60, UTC))
+    launched_at, terminated_at = said.launched, said.ended
     assert launched_at is not None
     assert terminated_at is not None
     assert launched_at.timestamp() == pytest.approx(start, abs=0.01)
@@ -482,10 +483,13 @@ def test_without_evidence_nothing_is_invented(paper: Paper) -> None:
     paper.set(audit_actions={"launch": "x", "terminate": "y"})
     provider, node = launched(paper)
     provider.terminate(node)
-    assert provider.billing_evidence(node)[1] is None
-    assert provider.billing_evidence("0" * 32) == (None, None)
+    since = datetime.fromtimestamp(paper.now - 60, UTC)
+    assert provider.billing_evidence(node, since).ended is None
+    nobody = provider.billing_evidence("0" * 32, since)
+    assert (nobody.launched, nobody.ended) == (None, None)
     paper.set(audit="forbidden")
-    assert provider.billing_evidence(node) == (None, None)
+    with pytest.raises(CredentialsError):
+        provider.billing_evidence(node, since)
 
 
 def test_self_terminate_puts_the_key_on_the_node_only_when_asked(paper: Paper) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -10,7 +11,10 @@ import pytest
 from orchestrator.life import rules as life
 from orchestrator.life import terms
 from orchestrator.life import world as w
+from provisioning.base import Traits
 from runs import events as e
+from runs.facts import Inventory
+from runs.record import LATE
 from tests.simulation.builders import KEY, OFFER, OTHER, RUN, Story, absences, at, offers
 
 KEY2 = f"llmctl-{RUN}-a1-n1"
@@ -138,6 +142,48 @@ def test_a_late_arrival_is_adopted_and_ended() -> None:
     assert story.decide(world) == w.Adopt(KEY, "i-10")
     story.tell(e.LaunchFound(at=story.now, id="i-10"))
     assert story.decide(world) == w.Terminate(KEY, "unwanted")
+
+
+def _given_up() -> tuple[Story, w.World]:
+    """A run that waits for capacity, and a launch of another run that was given up and is there."""
+    other = Story().begun().intended().after(70).tell(e.LaunchAbandoned(at=at(70)))
+    story = Story(wait=600.0)
+    story.t = 100.0
+    key = KEY.replace("demo", "next")
+    late = other.nodes[KEY].model_copy(update={"key": key, "run": "next-0001"})
+    world = offers(story, OFFER.model_copy(update={"available": False}))
+    return story, dataclasses.replace(world, given_up=(late,))
+
+
+def test_a_late_arrival_of_another_run_is_ended_on_sight() -> None:
+    story, world = _given_up()
+    key = world.given_up[0].key
+    assert isinstance(story.decide(world), w.Wait)
+    assert story.decide(dataclasses.replace(world, looked_at=at(30))) == w.Look("watching for late arrivals")
+    seen = Inventory(at=story.now, nodes=[story.facts("booting", key, "i-77")])
+    assert story.decide(dataclasses.replace(world, inventory=seen)) == w.EndLate(key, "i-77")
+    over = Inventory(at=story.now, nodes=[story.facts("terminated", key, "i-77")])
+    assert isinstance(story.decide(dataclasses.replace(world, inventory=over)), w.Wait)
+    ending = world.given_up[0].model_copy(
+        update={"answer": "known", "id": "i-77", "terminate_intended_at": at(99), "terminate_reason": LATE}
+    )
+    assert story.decide(dataclasses.replace(world, given_up=(ending,))) == w.Confirm(key)
+
+
+def test_the_providers_log_is_asked_a_few_times_and_holds_nothing_up() -> None:
+    story = Story().begun().launched().ready().after(100).terminated("stopped").gone().attempt_ended("failed")
+    world = dataclasses.replace(offers(story, OFFER), traits=Traits(audited=True))
+    assert story.decide(world) == w.Reconcile(KEY)
+    assert story.decide(offers(story, OFFER)) == w.EndRun("failed", "failed")
+    asked = dataclasses.replace(world, audits={KEY: (story.now, 1)})
+    assert story.decide(asked) == w.EndRun("failed", "failed")
+    story.tell(e.RunEnded(at=story.now, outcome="failed", reason="failed"))
+    answer = story.decide(asked)
+    assert isinstance(answer, w.Wait)
+    assert answer.seconds == world.traits.retry_seconds
+    assert story.decide(dataclasses.replace(world, audits={KEY: (story.now, 4)})) == w.Done()
+    told = e.BillingReconciled(at=story.now, source="the log", ended=story.now)
+    assert story.tell(told).decide(world) == w.Done()
 
 
 def test_a_node_that_was_believed_gone_and_is_back_is_ended_again() -> None:

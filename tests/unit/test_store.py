@@ -143,11 +143,26 @@ def test_notes_and_the_owner_stay(store: Store) -> None:
     assert len(store.owner) == 16
 
 
-def test_a_copy_is_whole(store: Store, tmp_path: Path) -> None:
-    store.commit(Story().begun().intended().changes)
-    (tmp_path / "copy").mkdir()
-    store.copy(tmp_path / "copy" / "llmctl.db")
-    assert Store(tmp_path / "copy").record(RUN) == store.record(RUN)
+def test_launches_that_others_gave_up_are_watched_for_a_day(store: Store) -> None:
+    story = Story().begun().intended().after(70)
+    store.commit(story.tell(e.LaunchAbandoned(at=story.now)).changes)
+    key = KEY.replace("demo", "next")
+    seen = lambda since, beside="next-0001": [
+        node.key for node in store.given_up("sim", at(since), beside=beside)
+    ]  # noqa: E731
+    assert seen(0) == [KEY]
+    assert seen(1) == []  # intended longer ago
+    assert seen(0, RUN) == []
+    assert store.given_up("other", at(0), beside=key) == ()
+    story.changes.clear()
+    story.tell(e.LaunchFound(at=story.now, id="i-10")).tell(
+        e.TerminateIntended(at=story.now, reason="late arrival")
+    )
+    store.commit(story.changes)
+    assert seen(1) == [KEY]  # until its end is confirmed, however old it is
+    story.changes.clear()
+    store.commit(story.gone().changes)
+    assert seen(0) == []
 
 
 def test_the_bill_of_a_run_that_was_forgotten_stays(store: Store) -> None:
