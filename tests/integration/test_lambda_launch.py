@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,11 @@ def test_launch_with_default_settings_and_rate_limits(rented: Make) -> None:
     assert cli.show(run)["state"] == "succeeded"
     assert len(launches(cloud)) == 1
     honest(cloud, cli, run)
+    document = cli.show(run)
+    (said,) = [event for event in document["events"] if event["kind"] == "BillingReconciled"]
+    assert said["contradiction"] is None
+    assert datetime.fromisoformat(document["charges"][-1]["end"]) == datetime.fromisoformat(said["ended"])
+    assert "by Lambda's audit log" in cli.run("show", run).stdout
     assert [row for row in cloud.state()["requests"] if row["status"] == 429] == []
     assert cli.json("fetch-checkpoint", run)["verified"]
     assert "billing" not in cli.run("status").stderr

@@ -91,6 +91,10 @@ class Switches(BaseModel):
     node_env: dict[str, str] = {}
 
     audit: Literal["ok", "forbidden"] = "ok"
+    audit_lag: float = 0.0
+    """How late the audit log shows an event."""
+    audit_skew: float = 0.0
+    """How far the audit log's clock is behind, in real seconds."""
     audit_actions: dict[str, str] = {"launch": "launched", "terminate": "terminated"}
     filesystems: list[str] = []
     """`name@region`"""

@@ -79,7 +79,8 @@ class World:
         self.switches = switches
         self.machines: dict[str, Machine] = {}
         self.keys: list[dict[str, str]] = []
-        self.audit: list[dict[str, Any]] = []
+        self.audit: list[tuple[float, dict[str, Any]]] = []
+        """When each event happened, and the event."""
         self._clock = clock
         self._nodes = nodes
         self._capacity_since = clock()
@@ -349,21 +350,25 @@ class World:
             "action": self.switches.audit_actions[what],
             "catalog_version": "2025-09-06",
             "event_id": secrets.token_hex(16),
-            "event_time": datetime.fromtimestamp(self._clock(), UTC).isoformat().replace("+00:00", "Z"),
+            "event_time": datetime.fromtimestamp(self._clock() - self.switches.audit_skew, UTC)
+            .isoformat()
+            .replace("+00:00", "Z"),
             "actor_lrn": None,
             "resource_lrns": [lrn],
             "resource_owner_lrn": None,
             "request_api_key_lrn": None,
             "additional_details": {"instance_lrn": lrn, "instance_type": name, "region": place},
         }
-        self.audit.append(event)
+        self.audit.append((self._clock(), event))
 
     def audit_page(self, token: str | None) -> tuple[list[dict[str, Any]], str | None]:
         """GET audit-events, two a page."""
         if self.switches.audit == "forbidden":
             raise RefusalError(403, "global/account-inactive", "Your account may not read the audit log.")
         start = int(token or 0)
-        return self.audit[start : start + 2], str(start + 2) if start + 2 < len(self.audit) else None
+        until = self._clock() - self.real(self.switches.audit_lag)
+        shown = [event for at, event in self.audit if at <= until]
+        return shown[start : start + 2], str(start + 2) if start + 2 < len(shown) else None
 
 
 assert {place for places in CAPACITY.values() for place in places} <= set(REGIONS)

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from provisioning.base import Ambiguous, CredentialsError, InvalidHardware, Provider, Refused, Unavailable
+from runs import charges
 from runs.facts import Marker
+from runs.record import NodeRecord
 from tests.lambda_fixtures import CLIENT, Paper, paper, request
 from tests.lambda_server.nodes import cloud_config
 
@@ -490,6 +492,31 @@ def test_without_evidence_nothing_is_invented(paper: Paper) -> None:
     paper.set(audit="forbidden")
     with pytest.raises(CredentialsError):
         provider.billing_evidence(node, since)
+
+
+def test_a_log_that_lags_or_whose_clock_is_wrong(paper: Paper) -> None:
+    paper.set(audit_lag=30 / 0.0001, pace=0.0001, audit_skew=4000)
+    provider, since = paper.provider(), datetime.fromtimestamp(paper.now - 60, UTC)
+    wanted = request()
+    launched_at = datetime.fromtimestamp(paper.now, UTC)
+    node_id = provider.launch(wanted)
+    paper.tick(90)
+    provider.terminate(node_id)
+    assert provider.billing_evidence(node_id, since).ended is None
+    paper.tick(31)
+    said = provider.billing_evidence(node_id, since)
+    assert said.ended is not None
+    node = NodeRecord(
+        key=wanted.marker.key, run=wanted.marker.run, provider="lambda", marker=wanted.marker, offer=wanted.offer,
+        intended_at=launched_at, gone_at=datetime.fromtimestamp(paper.now, UTC),
+    )  # fmt: skip
+    assert "before the one that was intended" in str(charges.contradiction(node, said))
+    right = {
+        name: at + timedelta(seconds=4000)
+        for name, at in (("launched", said.launched), ("ended", said.ended))
+        if at
+    }
+    assert charges.contradiction(node, said.model_copy(update=right)) is None
 
 
 def test_self_terminate_puts_the_key_on_the_node_only_when_asked(paper: Paper) -> None:

@@ -146,14 +146,14 @@ def test_notes_and_the_owner_stay(store: Store) -> None:
 def test_launches_that_others_gave_up_are_watched_for_a_day(store: Store) -> None:
     story = Story().begun().intended().after(70)
     store.commit(story.tell(e.LaunchAbandoned(at=story.now)).changes)
-    key = KEY.replace("demo", "next")
-    seen = lambda since, beside="next-0001": [
-        node.key for node in store.given_up("sim", at(since), beside=beside)
-    ]  # noqa: E731
+
+    def seen(since: float, beside: str = "next-0001") -> list[str]:
+        return [node.key for node in store.given_up("sim", at(since), beside=beside)]
+
     assert seen(0) == [KEY]
     assert seen(1) == []  # intended longer ago
     assert seen(0, RUN) == []
-    assert store.given_up("other", at(0), beside=key) == ()
+    assert store.given_up("other", at(0), beside="next-0001") == ()
     story.changes.clear()
     story.tell(e.LaunchFound(at=story.now, id="i-10")).tell(
         e.TerminateIntended(at=story.now, reason="late arrival")
