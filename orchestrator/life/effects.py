@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import singledispatchmethod
-from typing import Any, Protocol
+from typing import Any
 
 from orchestrator.clock import Clock
 from orchestrator.life import terms, vigil
@@ -27,7 +27,7 @@ from provisioning.base import (
 )
 from runs import charges
 from runs import events as e
-from runs.facts import ENDED, Inventory, Marker, NodeFacts, Offer, lease_minutes
+from runs.facts import ENDED, Marker, NodeFacts, Offer, lease_minutes
 from runs.record import LATE, NodeRecord, RunRecord
 from runs.store import NotYours, Store
 
@@ -353,9 +353,7 @@ def terminate(
     Raises NotYours, and calls nobody, where another run has claimed the node.
     """
     stream = e.node_stream(key)
-    store.commit(
-        [*told, (stream, e.TerminateIntended(at=clock.now(), reason=reason))], epoch=epoch, run=run
-    )
+    store.commit([*told, (stream, e.TerminateIntended(at=clock.now(), reason=reason))], epoch=epoch, run=run)
     node = store.node(key)
     assert node is not None and node.id is not None
     try:

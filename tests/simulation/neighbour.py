@@ -60,7 +60,9 @@ class Neighbour:
         epoch = record.epoch + 1
         started = e.DriverStarted(at=self.s.now(), epoch=epoch, pid=2, start_time=0.0, boot_id="b")
         store.commit([(e.run_stream(self.run), started)], epoch=epoch)
-        driver = Driver(self.run, Hands(store, self.provider, Bare(), self.s, self.run, epoch, self.s.request))
+        driver = Driver(
+            self.run, Hands(store, self.provider, Bare(), self.s, self.run, epoch, self.s.request)
+        )
         while self.s.t < until:
             answer = driver.step()
             if isinstance(answer, w.EndLate):

@@ -243,7 +243,9 @@ class Rules:
             _hold(billed >= low, f"{node.key}: {billed:.0f} s on the bill, {truth:.0f} s in truth")
             high = truth + 60.0 + self.s.plan.minimum_seconds + self._slack() + self._blind(machine)
             if machine.late and node.billing_ended_at is None:
-                high += self.s.plan.late_seconds  # it appeared while nobody looked: only the log could tell when
+                high += (
+                    self.s.plan.late_seconds
+                )  # it appeared while nobody looked: only the log could tell when
             _hold(billed <= high, f"{node.key}: {billed:.0f} s on the bill, {truth:.0f} s in truth")
 
     def _logged(self, node: NodeRecord, machine: Machine) -> None:

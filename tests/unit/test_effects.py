@@ -161,6 +161,7 @@ def _other_runs_driver(tmp_path: Path) -> Bench:
     created = Story().changes[0][1].model_copy(update={"run": "next-0001"})
     started = e.DriverStarted(at=at(1), epoch=1, pid=1, start_time=0.0, boot_id="b")
     bench.store.commit([(e.run_stream("next-0001"), created), (e.run_stream("next-0001"), started)])
+    bench.hands.run = "next-0001"
     # The run of the late node had a driver of a higher epoch: what others do about its node is not stale for that.
     newer = [(e.run_stream(RUN), started.model_copy(update={"epoch": number})) for number in range(2, 5)]
     for change in newer:
