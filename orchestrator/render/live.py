@@ -95,9 +95,10 @@ def fit(text: str, columns: int) -> str:
 
 
 def status_line(row: dict[str, Any], heartbeat: dict[str, Any] | None) -> str:
-    """A run in one line, the most wanted first, so that a narrow terminal loses the least."""
+    """A run in one line, the most wanted first, so that a narrow terminal loses the least. Whoever follows a run knows its
+    name: that comes last."""
     shown = rows.status_document(row, driver_alive=True)
-    parts = [row["run"], shown["state"]]
+    parts = [shown["state"]] if shown["state"] != "training" or not shown["step"] else []
     if shown["step"]:
         parts.append(f"step {shown['step']}/{shown['steps']}")
     if shown["loss"] is not None:
@@ -113,6 +114,7 @@ def status_line(row: dict[str, Any], heartbeat: dict[str, Any] | None) -> str:
         parts.append(str(heartbeat["complaint"]))
     elif heartbeat and heartbeat.get("why") and shown["state"] != "training":
         parts.append(str(heartbeat["why"]))
+    parts.append(row["run"])
     return " | ".join(sane(str(part)).replace("\n", " ") for part in parts)
 
 
@@ -161,5 +163,11 @@ def describe(body: dict[str, Any]) -> str:
         "NodeKept": lambda: "the node is kept, and bills on",
         "PreflightFailed": lambda: f"not the node that was rented: {body['reason']}",
         "EvaluationRecorded": lambda: f"evaluated: {body['name']}",
+        "RunCreated": lambda: f"created: {body['steps']} steps",
+        "DriverStarted": lambda: f"driver {body['epoch']} took the run",
+        "AttemptStarted": lambda: f"attempt {body['attempt']} begins, from step {body['from_step']}",
+        "AttemptEnded": lambda: f"attempt {body['attempt']} ended ({body['reason']})",
+        "CheckpointSeen": lambda: f"the node has a checkpoint of step {body['step']}",
+        "CheckpointDropped": lambda: f"the checkpoint of step {body['step']} made room for newer ones",
     }
     return words[kind]() if kind in words else kind

@@ -162,7 +162,7 @@ def timeline(run: RunRecord, now: datetime) -> None:
     out.print()
     out.print(Text(f"{'TIMELINE':<14}{axis(last - first, cells)}{'TIME':>9}{'COST':>11}", style="bold"))
     for row in rows:
-        text = Text(f"{row.label:<14}"[:14])
+        text = Text(f"{row.label:<13} "[:14])
         text.append(waterfall(row.spans, first, last, cells), style=row.colour)
         cost = dollars(row.micro_usd / MICRO) if row.micro_usd is not None else ""
         text.append(f"{duration(row.seconds):>9}{cost:>11}")
@@ -238,7 +238,10 @@ def _evaluations(run: RunRecord) -> None:
                 f" judged beside {beside}, at step {item['step']}"
             )
         elif result.get("text") is not None or result.get("samples") is not None:
-            render.line(f"sample: {result.get('text') or result.get('samples')}")
+            text = str(result.get("prompt") or "") + str(result.get("text") or result.get("samples"))
+            render.line(f"{item['name']} at step {item['step']}:")
+            for one in text.splitlines():
+                render.line(f"  │ {one}")
 
 
 def _events(items: Sequence[dict[str, Any]]) -> None:
@@ -250,7 +253,7 @@ def _events(items: Sequence[dict[str, Any]]) -> None:
         "EVENTS" + (f" (the last {EVENTS_SHOWN} of {len(told)})" if len(told) > EVENTS_SHOWN else "")
     )
     for item in told[-EVENTS_SHOWN:]:
-        render.line(f"{item['at'][:19].replace('T', ' ')}  {describe(item)}")
+        render.note(f"{item['at'][:19].replace('T', ' ')}  {describe(item)}", indent=21)
 
 
 # ---------------------------------------------------------------- the end

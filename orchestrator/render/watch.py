@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 from typing import TYPE_CHECKING, Any
@@ -98,7 +99,7 @@ def block(store: Store, row: dict[str, Any], room: int) -> str:
     facts = store.summary(row["run"]) or {}
     steps = row["steps"] or 0
     done = (row["step"] or 0) / steps if steps else 0.0
-    cells = max(8, min(30, room // 4))
+    cells = max(8, min(30, room // 6))
     bar = "━" * round(done * cells) + "─" * (cells - round(done * cells))
     left = [f"{bar} {row['step'] or 0}/{steps}"]
     if row["loss"] is not None:
@@ -115,9 +116,20 @@ def block(store: Store, row: dict[str, Any], room: int) -> str:
     if row["eta_seconds"] is not None:
         end = row["cost_usd"] + row["usd_per_hour"] * row["eta_seconds"] / 3600
         money.append(f"of about {dollars(end)}  ETA {duration(row['eta_seconds'])}")
-    lines = [head, _fitted([*left], room), "  ".join(money)]
+    money += _shares(facts)
+    lines = [head, _fitted([*left], room), _fitted(money, room)]
     curve = sparkline(store, row["run"], max(10, min(60, room - 6)))
     return "\n".join([*lines, *([f"loss {curve}"] if curve else []), ""])
+
+
+def _shares(facts: dict[str, Any]) -> list[str]:
+    """What the dollars so far went into, the largest part first."""
+    spent = facts.get("phases") or {}
+    total = sum(spent.values())
+    parts = sorted(((value, phase) for phase, value in spent.items() if value > 0), reverse=True)
+    return (
+        [f"{phase} {value / total:.0%}" for value, phase in parts if value >= 0.01 * total] if total else []
+    )
 
 
 def _fitted(parts: list[str], room: int) -> str:
@@ -134,4 +146,12 @@ def sparkline(store: Store, run: str, cells: int) -> str:
     """The run's loss in one line; empty without one."""
     from runs.series import series
 
-    return spark(series(run_dir(store.home, run) / "metrics.jsonl", points=cells * 2).values, cells)
+    values = series(run_dir(store.home, run) / "metrics.jsonl", points=cells * 2).values
+    return spark(_without_the_fall(values), cells)
+
+
+def _without_the_fall(values: list[float]) -> list[float]:
+    """Cut at what all but the first fifth of a run stays under: the fall at the start would flatten all that follows."""
+    later = [value for value in values[len(values) // 5 :] if math.isfinite(value)]
+    ceiling = max(later, default=math.inf)
+    return [min(value, ceiling) if math.isfinite(value) else value for value in values]

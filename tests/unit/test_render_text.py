@@ -122,8 +122,9 @@ def test_a_status_line_fits_and_keeps_what_matters(tmp_path: Path, columns: int)
     assert row is not None
     text = render_live.fit(render_live.status_line(row, None), columns)
     assert len(text) <= columns
-    assert text.startswith("demo-0001")
-    assert ("ETA" in text) is (columns == 200)
+    assert text.startswith("step 40/100")
+    assert ("loss 2.5000 | $" in text) is (columns > 20)
+    assert ("demo-0001" in text) is (columns == 200)
 
 
 @pytest.mark.parametrize("columns", [60, 200])
