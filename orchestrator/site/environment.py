@@ -1,6 +1,6 @@
 """The environment lane: an interpreter on the node that has what the trainer needs, without touching the image's own packages.
 
-In this order: the image's Python where its packages satisfy the pins; an overlay (a folder on PYTHONPATH) where only small
+In this order: a Python of the image whose packages satisfy the pins; an overlay (a folder on PYTHONPATH) where only small
 wheels are missing; an isolated environment made by uv, with the torch build that the node's driver can run. The choice is
 remembered on the node and looked at again only when the interpreter changed.
 """
@@ -8,7 +8,7 @@ remembered on the node and looked at again only when the interpreter changed.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orchestrator.remote.connection import CommandFailed
@@ -21,6 +21,9 @@ SMALL = ("numpy", "safetensors")
 """Wheels of a few megabytes."""
 UV_PACKAGES = ("torch>=2.9,<3", "numpy>=1.26", "safetensors>=0.4")
 UV_PYTHON = "3.12"
+IMAGE_PYTHONS = ("python3", "/opt/pytorch/bin/python")
+"""Where images keep their torch, looked at in this order: in the system's Python (Lambda Stack), in an environment of its own (AWS's
+Deep Learning AMI: docs.aws.amazon.com/dlami/latest/devguide, PyTorch)."""
 ROOT = "llmctl/environments"
 INSTALL_SECONDS = 1800.0
 _PROBE = """
@@ -49,28 +52,36 @@ def ensure(remote: Remote, python: str, *, cuda: bool) -> dict[str, Any]:
 
     Raises EnvironmentFailed, RemoteError.
     """
-    candidate = "python3" if python == "auto" else python
-    stamp = remote.run(["sh", "-c", _STAMP, "sh", candidate], check=False).text
+    candidates = IMAGE_PYTHONS if python == "auto" else (python,)
+    stamp = remote.run(["sh", "-c", _STAMP, "sh", *candidates], check=False).text
     remembered = _remembered(remote, stamp)
     if remembered is not None:
         return remembered
-    found = _probe(remote, candidate, {})
-    missing = lacking(found, cuda=cuda)
-    if not missing:
-        chosen = _chosen(found, "image", {})
-    elif python != "auto":
-        raise EnvironmentFailed(
-            f"{python} on the node lacks {', '.join(missing)}; use node.python: auto, or install them there"
-        )
-    elif set(missing) <= set(SMALL):
-        chosen = _overlay(remote, candidate, missing, cuda=cuda)
-    else:
-        chosen = _isolated(remote, cuda=cuda)
+    chosen = _choose(remote, candidates, only=python != "auto", cuda=cuda)
     remote.write(f"~/{ROOT}/chosen.json", json.dumps({"stamp": stamp, "chosen": chosen}).encode(), 0o644)
     return chosen
 
 
-_STAMP = 'p=$(command -v "$1") && echo "$p" && ls -lLn "$p" && "$p" -c "import sys; print(sys.prefix, sys.version)"'
+def _choose(remote: Remote, candidates: Sequence[str], *, only: bool, cuda: bool) -> dict[str, Any]:
+    """The first candidate that lacks nothing, else the first that lacks small wheels alone, else an environment of our own."""
+    small: tuple[str, list[str]] | None = None
+    for candidate in candidates:
+        found = _probe(remote, candidate, {})
+        missing = lacking(found, cuda=cuda)
+        if not missing:
+            return _chosen(found, "image", {})
+        if only:
+            raise EnvironmentFailed(
+                f"{candidate} on the node lacks {', '.join(missing)}; use node.python: auto, or install them there"
+            )
+        if small is None and set(missing) <= set(SMALL):
+            small = candidate, missing
+    return _overlay(remote, *small, cuda=cuda) if small is not None else _isolated(remote, cuda=cuda)
+
+
+_STAMP = """for name; do
+  p=$(command -v "$name") && echo "$p" && ls -lLn "$p" && "$p" -c "import sys; print(sys.prefix, sys.version)"
+done"""
 
 
 def _remembered(remote: Remote, stamp: str) -> dict[str, Any] | None:
