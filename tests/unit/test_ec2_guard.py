@@ -14,7 +14,7 @@ import pytest
 
 from provisioning import ec2_guard, keys
 from provisioning.cloudinit import HEADER
-from tests.aws_server import Metadata
+from tests.aws_server.nodes import Metadata
 
 NOW = datetime.now(UTC)
 
