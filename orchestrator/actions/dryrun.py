@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.actions import kept
 from orchestrator.actions import plan as planning
 from orchestrator.clock import SystemClock
 from orchestrator.life import world as w
@@ -14,15 +15,15 @@ from orchestrator.life.effects import plain
 from orchestrator.life.rules import decide
 from runs import events as e
 from runs.fold import fold_all, fold_node
+from runs.record import view
 from runs.rows import MICRO
-from runs.store import default_home
+from runs.store import Store, default_home
 
 if TYPE_CHECKING:
     from orchestrator.actions.limits import Limits
     from provisioning.base import Provider
     from runs.record import RunRecord
     from runs.sections import RunSpec
-    from runs.store import Store
 
 REHEARSED = "rehearsal"
 
@@ -57,27 +58,29 @@ class Rehearsal:
         }
 
 
-def rehearse(spec: RunSpec, limits: Limits) -> Rehearsal:
+def rehearse(spec: RunSpec, limits: Limits, on: str | None = None) -> Rehearsal:
     """Plan, and ask `decide` what it would do with a fresh run and the offers of this moment. Changes nothing."""
     store = planning.quiet_store()
-    plan = planning.make(store, spec, limits)
+    node = kept.find(store or Store(default_home()), on) if on is not None else None
+    plan = planning.make(store, spec, limits, node)
     provider = planning.provider_of(spec, store)
     now = SystemClock().now()
-    run = fold_all([_created(spec, limits, now), *_started(now)])
+    run = fold_all([_created(spec, limits, now, node.key if node else None), *_started(now)])
     assert run is not None
+    run = view(run, (node,)) if node is not None else run
     offers = tuple(provider.offers(planning.hardware(spec)))
     effects, launch = first_effects(run, w.World(traits=provider.traits, offers=offers, offers_at=now), now)
     request = _request(provider, launch, run, store) if launch is not None else None
     return Rehearsal(plan, tuple(plain(effect) for effect in effects), request)
 
 
-def _created(spec: RunSpec, limits: Limits, now: datetime) -> e.RunCreated:
+def _created(spec: RunSpec, limits: Limits, now: datetime, on: str | None = None) -> e.RunCreated:
     limit = limits.max_usd if limits.max_usd is not None else spec.budget.max_usd
     return e.RunCreated(
         at=now, run=f"{spec.name}-0000", spec=spec.to_dict(), steps=spec.steps,
         max_micro_usd=round(limit * MICRO) if limit is not None else None,
         max_seconds=spec.budget.max_hours * 3600 if spec.budget.max_hours is not None else None,
-        wait_seconds=limits.wait_seconds,
+        wait_seconds=limits.wait_seconds, on=on,
     )  # fmt: skip
 
 
@@ -115,7 +118,6 @@ def _begun(run: RunRecord, effect: w.BeginAttempt, now: datetime) -> RunRecord:
 
 def _launched(run: RunRecord, effect: w.Launch, now: datetime) -> RunRecord:
     from runs.facts import Marker, lease_minutes
-    from runs.record import view
 
     marker = Marker(
         run=run.run, attempt=effect.attempt, index=effect.index, lease_end=lease_minutes(effect.lease_end)

@@ -121,7 +121,7 @@ def follow(
     store, stop = Store(home), stop or threading.Event()
     directory = run_dir(home, run)
     log = LogFile(directory / "train.log", lines)
-    seq, shown, starts = 0, None, _Starts(home, run, clock)
+    seq, shown, starts = 0, None, Starts(home, run, clock)
     unconfirmed_since: float | None = None
     try:
         while not stop.is_set():
@@ -152,7 +152,7 @@ def follow(
         store.close()
 
 
-class _Starts:
+class Starts:
     """Keeps a live run driven, within bounds."""
 
     def __init__(self, home: Path, run: str, clock: Clock) -> None:

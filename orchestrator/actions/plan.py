@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from runs.facts import Offer
     from runs.history import Past
     from runs.predict import Prediction, Transfer, Verdict
-    from runs.record import RunRecord
+    from runs.record import NodeRecord, RunRecord
     from runs.sections import RunSpec
 
 TELLING_BYTES = 5_000_000
@@ -44,6 +44,17 @@ class Plan:
     data: DataPlan | None = None
     transfer: Transfer | None = None
     warnings: tuple[str, ...] = field(default=())
+    on: NodeRecord | None = None
+    """The kept node that the run takes over."""
+
+    @property
+    def question(self) -> str:
+        """What is asked before money is spent."""
+        return (
+            f"Rent it, for {self.price_text}?"
+            if self.on is None
+            else f"Use {self.on.key}, for {self.price_text}?"
+        )
 
     @property
     def nodes(self) -> int:
@@ -208,12 +219,20 @@ def data_plan(spec: RunSpec, home: Path) -> tuple[DataPlan | None, list[str]]:
 # ---------------------------------------------------------------- planning
 
 
-def make(store: Store | None, spec: RunSpec, limits: Limits | None = None) -> Plan:
-    """Ask for offers and predict the run on each. Raises ProviderError, ConfigError, DataError."""
+def make(
+    store: Store | None, spec: RunSpec, limits: Limits | None = None, on: NodeRecord | None = None
+) -> Plan:
+    """Ask for offers and predict the run on each; with `on`, on that kept node. Raises ProviderError, ConfigError,
+    DataError, and what `kept.check` raises."""
     from runs import predict
 
     provider = provider_of(spec, store)
     wanted = provider.offers(hardware(spec))
+    if on is not None:
+        from orchestrator.actions import kept
+
+        kept.check(provider, spec, on, wanted)
+        wanted = [on.offer.model_copy(update={"available": True})]
     data, warnings = data_plan(spec, store.home if store else default_home())
     evidence = history(store, spec.hardware.provider)
     sent = transfer(data, provider.traits.rented, evidence)
@@ -228,7 +247,7 @@ def make(store: Store | None, spec: RunSpec, limits: Limits | None = None) -> Pl
     )
     said = (*dict.fromkeys(warnings), *_warnings(chosen), *verdict.reasons)
     return Plan(spec, provider.traits.rented, chosen, tuple(predict.rank(others)), verdict, limit, spec.budget.max_hours,
-                data, sent, said)  # fmt: skip
+                data, sent, said, on)  # fmt: skip
 
 
 def distinct(spec: RunSpec, offers: Iterable[Offer], besides: Offer | None = None) -> list[Offer]:

@@ -7,9 +7,10 @@ import secrets
 import shutil
 import string
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.clock import Clock
 from orchestrator.driver.loop import driver_alive, spawn
@@ -36,8 +37,20 @@ def new_id(store: Store, name: str) -> str:
     raise CommandError(f"no id is left for the name {name!r}", "choose another name")
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a run comes from, if not from nothing: a sweep, a node that is kept."""
+
+    sweep: str | None = None
+    overrides: dict[str, Any] = field(default_factory=dict)
+    on: str | None = None
+    """Key of the kept node that it takes over."""
+    on_or_rent: bool = False
+
+
 def create(
     store: Store, spec: RunSpec, *, now: datetime, wait_seconds: float = 0.0, max_usd: float | None = None,
+    origin: Origin = Origin(),
 ) -> str:  # fmt: skip
     """Create the run: its folder, `spec.yaml`, and the event that makes it exist. Nothing is rented.
 
@@ -55,6 +68,7 @@ def create(
         max_micro_usd=round(limit * MICRO) if limit is not None else None,
         max_seconds=spec.budget.max_hours * 3600 if spec.budget.max_hours is not None else None,
         wait_seconds=wait_seconds,
+        **vars(origin),
     )
     try:
         directory.mkdir(parents=True)

@@ -19,6 +19,7 @@ from orchestrator.commands.common import (
     add,
     answer,
     complete_recipe,
+    complete_run,
     confirm,
     machine,
     open_store,
@@ -40,7 +41,13 @@ def register(app: typer.Typer) -> None:
     add(app, PANEL, "offers", offers, "llmctl offers --gpu H100:8", "llmctl offers run.yaml")
     add(app, PANEL, "plan", plan, "llmctl plan run.yaml", "llmctl plan run.yaml --set train.tokens=1e9")
     add(
-        app, PANEL, "launch", launch, "llmctl launch run.yaml", "llmctl launch run.yaml --wait 6h --detach -y"
+        app,
+        PANEL,
+        "launch",
+        launch,
+        "llmctl launch run.yaml",
+        "llmctl launch run.yaml --wait 6h --detach -y",
+        "llmctl launch run.yaml --on RUN",
     )
     add(app, PANEL, "resume", resume, "llmctl resume RUN", "llmctl resume RUN --max-usd 60")
 
@@ -118,6 +125,15 @@ def launch(
     wait: WaitFor = None,
     max_usd: MaxUsd = None,
     assignments: Assignments = None,
+    on: Annotated[
+        str | None,
+        typer.Option(
+            "--on",
+            metavar="NODE",
+            help="On a kept node: its name, key or id, or the run that keeps it.",
+            autocompletion=complete_run,
+        ),
+    ] = None,
     yes: Yes = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show plan, request and bytes to send; change nothing.")
@@ -126,6 +142,7 @@ def launch(
     output: Output = Form.TEXT,
 ) -> int:
     """Create the run, start its driver, and follow it. Ctrl-C stops following; the run goes on."""
+    from orchestrator.actions import kept
     from orchestrator.actions import plan as planning
     from orchestrator.actions.limits import Limits
     from orchestrator.clock import SystemClock
@@ -138,15 +155,15 @@ def launch(
         from orchestrator.actions import dryrun
         from orchestrator.render import plan as render_plan
 
-        rehearsal = dryrun.rehearse(wanted, limits)
+        rehearsal = dryrun.rehearse(wanted, limits, on)
         answer(rehearsal.document(), as_json=machine_reads, human=lambda: render_plan.rehearsal(rehearsal))
         return rehearsal.plan.exit_code
     store = open_store()
-    made = planning.make(store, wanted, limits)
+    made = planning.make(store, wanted, limits, kept.find(store, on) if on is not None else None)
     if not machine_reads:
         begin.say_plan(made)
     planning.refuse(made)
-    if made.rented and not confirm(f"Rent it, for {made.price_text}?", yes=yes):
+    if made.rented and not confirm(made.question, yes=yes):
         tell("nothing was rented")
         return 130
     run = begin.begin(store, made, limits)

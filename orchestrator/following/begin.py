@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from orchestrator.actions.limits import Limits
     from orchestrator.actions.plan import Plan
     from orchestrator.data.sources import DataPlan
+    from runs.sections import RunSpec
 
 
 # ---------------------------------------------------------------- init
@@ -53,20 +54,21 @@ def say_recipe(file: Path, recipe: str) -> None:
 # ---------------------------------------------------------------- launch
 
 
-def begin(store: Store, plan: Plan, limits: Limits) -> str:
+def begin(store: Store, plan: Plan, limits: Limits, origin: requests.Origin | None = None) -> str:
     """Create the run that was planned, with its data resolved before anything is rented, and start its driver.
 
     Raises DataError where the data cannot serve; then there is no run.
     """
     from orchestrator.data import sources
 
-    data = resolve(store.home, plan)
+    data = resolve(store.home, plan.spec)
     run = requests.create(
         store,
         plan.spec,
         now=SystemClock().now(),
         wait_seconds=limits.wait_seconds,
         max_usd=limits.max_usd,
+        origin=origin or requests.Origin(on=plan.on.key if plan.on is not None else None),
     )
     sources.save_plan(data, run_dir(store.home, run) / "data.json")
     spawn(store.home, run)
@@ -87,13 +89,13 @@ def state_of(store: Store, run: str) -> str:
     return str(row["state"]) if row else "planned"
 
 
-def resolve(home: Path, plan: Plan) -> DataPlan:
+def resolve(home: Path, spec: RunSpec) -> DataPlan:
     """The files that the run reads; built-in and text sources are tokenised now. Raises DataError."""
     from orchestrator.data import sources
     from orchestrator.data.buckets import objects_for
 
     with bar() as progress:
-        config = plan.spec.trainer_config()
+        config = spec.trainer_config()
         return sources.resolve_spec(
             config, cache=home / "cache", objects=objects_for(config), progress=progress
         )

@@ -33,6 +33,8 @@ from trainer import config, manifest
 
 DATA = "~/llmctl/data"
 """Shards by content hash, shared by the runs of a node."""
+CODE = "~/llmctl/code"
+"""Trainer packages by content hash; `trainer` in a run's directory is a link to one."""
 
 
 class PreflightError(Exception):
@@ -87,7 +89,9 @@ def trainer_path(spec: dict[str, Any]) -> Path:
 def package_hash(path: Path) -> str:
     """The content of a trainer package."""
     digest = hashlib.sha256()
-    for file in sorted(path.rglob("*.py")):
+    for file in sorted(path.rglob("*")):
+        if "__pycache__" in file.parts or not file.is_file():
+            continue
         digest.update(f"{file.relative_to(path)}\0".encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -182,13 +186,17 @@ def disk_bytes(run: RunRecord) -> int:
 
 
 def _code(remote: Remote, run: RunRecord, plan: Plan, complete: Done) -> None:
-    """The trainer package and config.json."""
-    started = time.monotonic()
-    sent = transfer.push_tree(remote, plan.trainer_path, f"{directory(run.run)}/trainer")
+    """The trainer package, by content hash and shared by the runs of a node, and config.json."""
+    started, name = time.monotonic(), package_hash(plan.trainer_path)
+    sent = transfer.push_tree(remote, plan.trainer_path, f"{CODE}/{name}")
+    remote.run(["sh", "-c", _LINK, "sh", f"../../code/{name}", bare(f"{directory(run.run)}/trainer")])
     body = json.dumps(node_config(plan, run), indent=1).encode()
     remote.write(f"{directory(run.run)}/config.json", body, 0o644)
-    key = hashlib.sha256(package_hash(plan.trainer_path).encode() + body).hexdigest()[:16]
+    key = hashlib.sha256(name.encode() + body).hexdigest()[:16]
     complete("code", Lane(key, time.monotonic() - started, sent.bytes_sent, {"method": sent.method}))
+
+
+_LINK = '[ -L "$2" ] || rm -rf -- "$2"; ln -sfn -- "$1" "$2"'
 
 
 def _environment(remote: Remote, run: RunRecord, complete: Done) -> None:
