@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, Literal
 
-from runs.rows import UNREADABLE, cost_now, usd
+from runs.rows import UNREADABLE, cost_now, label, usd
 
 Row = dict[str, Any]
 
@@ -25,6 +25,8 @@ COLUMNS = (
     "usd_per_billion_tokens", "overhead_fraction", "started",
 )  # fmt: skip
 """The keys of `compare --json`, in order."""
+VARIANT = "variant"
+"""What a sweep set in a run's spec, but for the seed: a key to group by."""
 LOSSES = {"validation_loss": "validation_set", "test_loss": "test_set", "train_loss": "train_set"}
 """Loss columns, and the key that says on what; `train_set` is in rows but no column."""
 _TEXT = {
@@ -78,6 +80,7 @@ def entry(
         if item.get("kind") == "test_set" and (loss := _number(item.get("loss"))) is not None
     }
     facts = {key: summary.get(key) for key in ("region", "seed", "world_size", "versions", "epochs", "best_step", "memory_gib", "reason")}  # fmt: skip
+    facts[VARIANT] = label(summary.get("overrides") or {})
     return Entry(row, losses, spec, facts)
 
 
@@ -250,16 +253,18 @@ def as_good_as_best(items: Sequence[Row], loss: str, noises: Mapping[str | None,
 
 
 def grouped(entries: Sequence[Entry], key: str, test_set: str | None = None) -> list[Row]:
-    """Mean and spread of each number over the entries with one value of `key`: a column, or a dotted key of the spec.
+    """Mean and spread of each number over the entries with one value of `key`: a column, a dotted key of the spec, or
+    `variant`, what a sweep set but for the seed.
 
     `COLUMN_sd` is the standard deviation, None below two values; a loss is averaged only where the set is one.
     """
     groups: dict[str, list[Row]] = {}
     labels: dict[str, Any] = {}
     for item, row in zip(entries, rows(entries, test_set), strict=True):
-        label = row[key] if key in COLUMNS else flat(item.spec or {}).get(key)
-        groups.setdefault(repr(label), []).append(row)
-        labels[repr(label)] = label
+        value = row[key] if key in COLUMNS else flat(item.spec or {}).get(key)
+        value = item.facts.get(key) if key == VARIANT else value
+        groups.setdefault(repr(value), []).append(row)
+        labels[repr(value)] = value
     return [
         {key: labels[name], "runs": len(members), **_averages(members, key)}
         for name, members in groups.items()

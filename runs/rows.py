@@ -15,6 +15,14 @@ UNREADABLE = "unreadable"
 """In place of a state: neither the row of the run nor its events can be read, so that its dollars are not known."""
 
 
+SEED = "train.seed"
+
+
+def label(overrides: Mapping[str, Any]) -> str:
+    """The variant of a sweep's run: its overrides but the seed, so that repetitions have one label."""
+    return " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in overrides.items() if key != SEED)
+
+
 def usd(micro_usd: int) -> float:
     """Micro-dollars as a JSON number of dollars, rounded once."""
     return round(micro_usd / MICRO, 6)

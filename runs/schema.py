@@ -140,11 +140,20 @@ def _sentence(description: str) -> str:
 
 
 def write(folder: Path) -> list[Path]:
-    """Write both files into `folder` and return their paths."""
+    """Write the files into `folder` and return their paths."""
+    from runs.sweep import SweepSpec
+
+    sweep = folder / "sweep.schema.json"
+    form = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **SweepSpec.model_json_schema(),
+        "title": "llmctl sweep.yaml",
+    }
+    sweep.write_text(json.dumps(form, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     page, schema = folder / "run-yaml.md", folder / "run.schema.json"
     page.write_text(markdown(), encoding="utf-8")
     schema.write_text(json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return [page, schema]
+    return [page, schema, sweep]
 
 
 if __name__ == "__main__":

@@ -427,6 +427,18 @@ class Store:
         )
         return [(row[0], row[1], row[2]) for row in rows]
 
+    def sweeps(self, names: Sequence[str]) -> dict[str, list[str]]:
+        """The runs of those sweeps, oldest first; of no other name."""
+        found: dict[str, list[str]] = {}
+        rows = self._db.execute(
+            "SELECT json_extract(record, '$.sweep'), run FROM runs WHERE json_extract(record, '$.sweep') IN"
+            f" ({','.join('?' * len(names))}) ORDER BY created, rowid",
+            list(names),
+        )
+        for sweep, run in rows:
+            found.setdefault(sweep, []).append(run)
+        return found
+
     def find(self, word: str | None) -> str | None:
         """The run that `word` means: an id, a unique prefix of one, or a name (its newest run).
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from orchestrator.errors import Invalid, Usage
+from orchestrator.errors import Invalid, NoSuchRun, Usage
 from runs import compare
 from runs.store import Store
 
@@ -49,6 +49,13 @@ class Table:
     """Rows that no other beats in both loss and dollars."""
     fast: frozenset[int] = frozenset()
     """Rows that no other beats in both loss and billed hours."""
+
+
+def sweep(store: Store, name: str) -> str:
+    """`name`, where there is a sweep of that name. Raises NoSuchRun."""
+    if not store.sweeps([name]):
+        raise NoSuchRun(f"no sweep is called {name!r}", "`llmctl sweep SWEEP.yaml` makes one")
+    return name
 
 
 def entries(store: Store, ask: Ask) -> list[compare.Entry]:

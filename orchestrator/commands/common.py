@@ -142,5 +142,8 @@ def open_store(home: Path | None = None) -> Store:
 
 
 def find_all(store: Store, words: Sequence[str] | None) -> list[str] | None:
-    """The runs that `words` mean, each once; None for all."""
-    return list(dict.fromkeys(find_run(store, word) for word in words)) if words else None
+    """The runs that `words` mean, each once; None for all. The name of a sweep means all of its runs."""
+    if not words:
+        return None
+    sweeps = store.sweeps(words)
+    return list(dict.fromkeys(run for word in words for run in sweeps.get(word) or [find_run(store, word)]))

@@ -70,6 +70,12 @@ def compare(
         str | None,
         typer.Option("--group-by", metavar="KEY", help="One row a value of KEY: means, and spread."),
     ] = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(
+            "--sweep", metavar="NAME", help="The runs of a sweep, a row a variant: mean and spread."
+        ),
+    ] = None,
     columns: Annotated[
         str | None, typer.Option("--columns", metavar="KEY,KEY", help="These columns, in this order.")
     ] = None,
@@ -93,11 +99,12 @@ def compare(
     from orchestrator.render import compare as render_compare
 
     store = open_store()
+    words = [*(runs or []), *([comparing.sweep(store, sweep)] if sweep is not None else [])]
     ask = comparing.Ask(
-        find_all(store, runs),
+        find_all(store, words),
         sort,
         published,
-        group_by,
+        group_by or ("variant" if sweep is not None else None),
         columns.split(",") if columns else None,
         test_set,
         sigma,

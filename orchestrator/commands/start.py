@@ -49,6 +49,7 @@ def register(app: typer.Typer) -> None:
         "llmctl launch run.yaml --wait 6h --detach -y",
         "llmctl launch run.yaml --on RUN",
     )
+    add(app, PANEL, "sweep", sweep, "llmctl sweep sweep.yaml --dry-run", "llmctl sweep sweep.yaml -y")
     add(app, PANEL, "resume", resume, "llmctl resume RUN", "llmctl resume RUN --max-usd 60")
 
 
@@ -176,6 +177,52 @@ def launch(
         )
         return 0
     return begin.follow(store, run, as_json=machine_reads, cancels=True)
+
+
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="SWEEP", help="A sweep.yaml.", show_default=False)],
+    *,
+    wait: WaitFor = None,
+    yes: Yes = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Show the runs and what each is expected to cost; change nothing."),
+    ] = False,
+    as_json: Json = False,
+    output: Output = Form.TEXT,
+) -> int:
+    """Make many runs of one spec under one budget, on nodes that they share. The same command again carries it on."""
+    from orchestrator.actions import plan as planning
+    from orchestrator.clock import SystemClock
+    from orchestrator.following import sweeping
+    from orchestrator.render import sweep as render_sweep
+
+    machine_reads = machine(as_json, output)
+    store = planning.quiet_store() if dry_run else open_store()
+    planned = sweeping.plan(store, file, wait)
+    members = sweeping.Look(store, planned).members() if store is not None else []
+    document = sweeping.document(planned, members)
+    if dry_run:
+        answer(document, as_json=machine_reads, human=lambda: render_sweep.planned(document))
+        sweeping.refuse(planned, members)
+        return 0
+    assert store is not None
+    sweeping.refuse(planned, members)
+    left = len(document["left"])
+    if (
+        left
+        and planned.plan.rented
+        and not confirm(f"Make {left} runs, for at most {planned.limit_text}?", yes=yes)
+    ):
+        tell("nothing was rented")
+        return 130
+    try:
+        members = sweeping.Driving(store, planned, SystemClock()).go()
+    except KeyboardInterrupt:
+        return sweeping.interrupted(sweeping.Look(store, planned).members())
+    document = sweeping.document(planned, members)
+    answer(document, as_json=machine_reads, human=lambda: render_sweep.result(store, document))
+    return sweeping.exit_code(planned, members)
 
 
 def resume(
