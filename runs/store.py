@@ -366,7 +366,7 @@ class Store:
     def _wanted(self, run: str) -> str | None:
         """The key of the node that a run was created to take over."""
         row = self._db.execute(
-            "SELECT json_extract(record, '$.on') FROM runs WHERE run = ?", (run,)
+            "SELECT json_extract(record, '$.on') FROM runs WHERE run = ? AND json_valid(record)", (run,)
         ).fetchone()
         return row[0] if row else None
 
@@ -431,8 +431,9 @@ class Store:
         """The runs of those sweeps, oldest first; of no other name."""
         found: dict[str, list[str]] = {}
         rows = self._db.execute(
-            "SELECT json_extract(record, '$.sweep'), run FROM runs WHERE json_extract(record, '$.sweep') IN"
-            f" ({','.join('?' * len(names))}) ORDER BY created, rowid",
+            "SELECT sweep, run FROM (SELECT run, created, rowid AS nth, CASE WHEN json_valid(record) THEN"
+            " json_extract(record, '$.sweep') END AS sweep FROM runs)"
+            f" WHERE sweep IN ({','.join('?' * len(names))}) ORDER BY created, nth",
             list(names),
         )
         for sweep, run in rows:
