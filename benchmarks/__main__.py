@@ -1,4 +1,4 @@
-"""All measurements one after the other, or the ones that are named: `python -m benchmarks [startup] [scale] [transfer] [trainer]`.
+"""All measurements one after the other, or the ones that are named: `python -m benchmarks [startup] [scale] [transfer] [kept-node] [trainer]`.
 
 What a benchmark can be told besides is behind its own `--help`: `python -m benchmarks scale --help`.
 """
@@ -15,6 +15,7 @@ COMMANDS = {
     "startup": ["-m", "benchmarks.startup"],
     "scale": ["-m", "benchmarks.scale"],
     "transfer": ["-m", "benchmarks.transfer"],
+    "kept-node": ["-m", "benchmarks.kept_node"],
     "trainer": ["benchmarks/trainer.py", "ratio"],
 }
 
