@@ -180,7 +180,9 @@ class Wandb:
             try:
                 return wandb.init(mode="online", settings=settings, **options)
             except wandb.errors.Error as error:
-                self._log(f"wandb is not reachable ({error}); logging offline, to be synced at the end")
+                why = str(error).partition("\n")[0]
+                self._log(f"wandb is not reachable ({why}); logging offline, to be synced at the end")
+            wandb.teardown()  # its service still holds the run that failed, and would refuse its name
         opened = wandb.init(mode="offline", settings=settings, **options)
         if self._mode == "online":
             self._behind = str(Path(opened.dir).parent)
@@ -227,7 +229,7 @@ class Wandb:
 
     def _sync(self, folder: str) -> None:
         """Send what was logged offline; where the network is still away, say what to type."""
-        command = [sys.executable, "-m", "wandb", "sync", "--append", folder]
+        command = [sys.executable, "-m", "wandb", "sync", folder]
         try:
             subprocess.run(
                 command, timeout=SYNC_SECONDS, check=True, stdin=subprocess.DEVNULL, capture_output=True

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from orchestrator.driver import sinks
 from orchestrator.driver.sinks import Wandb
 from tests.seeds import Seed
 
@@ -97,3 +99,31 @@ def test_a_driver_that_takes_over_continues_the_same_wandb_run(tmp_path: Path) -
         if key.startswith("phases_usd.")
     }
     assert phases["training"] == 2.0 and sum(phases.values()) == pytest.approx(2.52)
+
+
+def test_without_a_network_it_logs_offline_and_holds_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sinks, "WANDB_INIT_SECONDS", 2)
+    synced: list[list[str]] = []
+    real = subprocess.run
+
+    def run(command: list[str], **options: Any) -> Any:
+        if command[1:4] != ["-m", "wandb", "sync"]:
+            return real(command, **options)
+        synced.append(command)
+        raise subprocess.CalledProcessError(1, command)
+
+    monkeypatch.setattr(sinks.subprocess, "run", run)
+    for name, value in (("WANDB_API_KEY", "a" * 40), ("WANDB_BASE_URL", "http://127.0.0.1:9")):
+        monkeypatch.setenv(name, value)
+    seed = Seed(tmp_path, wandb={"mode": "online"}).rented().trained().logged()
+    said: list[str] = []
+    sink = Wandb(seed.record, seed.directory, said.append)
+    sink(seed.record)
+    assert sink._run is None, "the call came back before wandb had found out"
+    sink.finish(seed.checkpoint(100).released().ended().record)
+    _, history, summary, _ = told(seed.directory)
+    assert len(history) == 100 and summary["state"] == "succeeded"
+    assert [Path(command[-1]).name.startswith("offline-run-") for command in synced] == [True]
+    assert "not reachable" in said[0] and "`wandb sync " in said[1] and len(said) == 2
