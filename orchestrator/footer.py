@@ -39,6 +39,13 @@ def lines(home: Path, rows: Iterable[dict[str, Any]]) -> list[str]:
     if meters:
         rate = sum(node["usd_per_hour"] for node in meters)
         said.append(f"{len(meters)} node{'s' if len(meters) != 1 else ''} billing, ${rate:,.2f}/h")
+    bare = [node["name"] for node in meters if node.get("unguarded")]
+    if bare:
+        which = bare[0] if len(bare) == 1 else f"{len(bare)} of them"
+        said.append(
+            f"while this machine sleeps or is off, nothing ends {which}: run `llmctl reap --yes` elsewhere as a cron job,"
+            " or set node.self_terminate"
+        )
     for row in rows:
         driven = held(driver_lock(run_dir(home, row["run"])))
         said += [_alarm(row, node) for node in row["nodes"] if unconfirmed(row, node, driven=driven)]

@@ -93,6 +93,11 @@ class Traits:
     own_login: bool = False
     """The user's own machine: without an identity_file the user's usual keys may log in."""
 
+    @property
+    def unguarded(self) -> bool:
+        """It costs money, and nothing but this machine (or `reap` elsewhere) ends it."""
+        return self.rented and not self.lease_on_node
+
 
 @dataclass(frozen=True)
 class LaunchRequest:

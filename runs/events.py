@@ -249,6 +249,8 @@ class LaunchIntended(Event):
     provider: str
     marker: Marker
     offer: Offer
+    unguarded: bool = False
+    """It bills, and does not end itself when its lease is over."""
 
 
 class LaunchAnswered(Event):

@@ -43,6 +43,7 @@ def fold_node(node: NodeRecord | None, event: e.NodeEvent) -> NodeRecord:
             provider=event.provider,
             marker=event.marker,
             offer=event.offer,
+            unguarded=event.unguarded,
             intended_at=event.at,
         )
     if node is None:

@@ -36,6 +36,7 @@ class NodeRecord(Fact):
     provider: str
     marker: Marker
     offer: Offer
+    unguarded: bool = False
     intended_at: datetime
     id: str | None = None
     answer: Literal["none", "ambiguous", "known", "refused", "abandoned"] = "none"

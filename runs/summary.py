@@ -101,6 +101,7 @@ def _node(run: RunRecord, node: NodeRecord, now: datetime) -> dict[str, Any]:
         "status": _status(node) if mine else f"with {node.run}",
         "usd_per_hour": usd(rate),
         "unsettled": mine and not node.settled,
+        "unguarded": node.unguarded,
         "kept": mine and node.kept,
         "kept_until": _iso(node.kept_until) if mine else None,
         "billing_from": whole.start.timestamp() if whole and bill and not bill.final else None,

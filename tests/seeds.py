@@ -70,13 +70,19 @@ class Seed:
         """A driver took it, and is no more."""
         return self.tell(e.DriverStarted(at=at(1), epoch=1, pid=2**22 + 1, start_time=1.0, boot_id="gone"))
 
-    def rented(self) -> Seed:
+    def rented(self, *, unguarded: bool = False) -> Seed:
         """A node is there since second 10, and ready at 20."""
         self.driven().tell(
             e.OfferChosen(at=at(2), attempt=1, offer=self.offer),
             e.AttemptStarted(at=at(2), attempt=1, keys=(self.key,), from_step=0, world_size=2),
             e.LaunchIntended(
-                at=at(3), key=self.key, run=self.run, provider="local", marker=self.marker, offer=self.offer
+                at=at(3),
+                key=self.key,
+                run=self.run,
+                provider="local",
+                marker=self.marker,
+                offer=self.offer,
+                unguarded=unguarded,
             ),
             e.LaunchAnswered(at=at(4), id=self.key),
         )

@@ -28,6 +28,12 @@ PAST_RUNS = 200
 """Earlier runs of the provider that a prediction looks at, the newest."""
 
 
+UNGUARDED = (
+    "the limits hold while a driver lives here: if this machine sleeps or is off, nothing ends the node."
+    " `llmctl reap --yes` as a cron job elsewhere does, or node.self_terminate: true"
+)
+
+
 @dataclass(frozen=True)
 class Plan:
     """What would be rented, and what that would come to."""
@@ -154,7 +160,8 @@ def provider_of(spec: RunSpec, store: Store | None) -> Provider:
     from provisioning.base import Home
 
     home = Home(store.home, store.owner) if store else Home(default_home(), "planning")
-    return open_provider(spec.hardware.provider, home, hardware(spec))
+    section = {**hardware(spec), "self_terminate": spec.node.self_terminate}
+    return open_provider(spec.hardware.provider, home, section)
 
 
 def hardware(spec: RunSpec) -> dict[str, object]:
@@ -245,7 +252,8 @@ def make(
     verdict = (
         predict.verdict(chosen, limit, spec.budget.max_hours) if chosen else predict.Verdict(refused=True)
     )
-    said = (*dict.fromkeys(warnings), *_warnings(chosen), *verdict.reasons)
+    asleep = (UNGUARDED,) if provider.traits.unguarded else ()
+    said = (*dict.fromkeys(warnings), *_warnings(chosen), *asleep, *verdict.reasons)
     return Plan(spec, provider.traits.rented, chosen, tuple(predict.rank(others)), verdict, limit, spec.budget.max_hours,
                 data, sent, said, on)  # fmt: skip
 

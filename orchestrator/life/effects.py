@@ -221,6 +221,7 @@ class Hands:
                     provider=self.provider.name,
                     marker=marker,
                     offer=effect.offer,
+                    unguarded=self.provider.traits.unguarded,
                 ),
             )
         )

@@ -36,6 +36,7 @@ def test_it_is_a_provider(paper: Paper) -> None:
     assert isinstance(provider, Provider)
     assert (provider.name, provider.traits.rented, provider.traits.looks) == ("lambda", True, 3)
     assert not provider.traits.lease_on_node
+    assert provider.traits.unguarded
     assert paper.provider(self_terminate=True).traits.lease_on_node
 
 

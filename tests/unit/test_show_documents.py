@@ -87,6 +87,13 @@ def test_the_footer_tells_the_rate_once_a_node_and_who_watches(tmp_path: Path) -
     assert sum("has no driver" in text for text in said) == 2
 
 
+def test_the_footer_says_that_nothing_ends_a_node_while_this_machine_sleeps(tmp_path: Path) -> None:
+    seed = Seed(tmp_path).rented(unguarded=True)
+    (said,) = [text for text in footer.lines(tmp_path, seed.store.concerning()) if "sleeps" in text]
+    assert seed.record.nodes[0].marker.name in said
+    assert "reap --yes" in said
+
+
 def test_the_footer_is_silent_when_all_is_settled(tmp_path: Path) -> None:
     assert footer.lines(tmp_path, Seed(tmp_path).finished().store.concerning()) == []
 
