@@ -84,9 +84,8 @@ def smoke(provider: LambdaCloud, wanted: LaunchRequest, boot_seconds: float) -> 
     try:
         node = provider.launch(wanted)
     except Ambiguous:  # it may be there all the same
-        until(
-            lambda: (found := provider.inventory().find(wanted.marker.key)) and end(provider, found.id), 180
-        )
+        found = until(lambda: provider.inventory().find(wanted.marker.key), 180)
+        end(provider, found.id)
         raise
     try:
         facts = until(lambda: reachable(provider, node), boot_seconds)
