@@ -243,6 +243,21 @@ def weights(path: Path) -> dict[str, Tensor]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
 
 
+def outline(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Shape and type of each tensor, single numbers whole: what a rank without the file must know of them."""
+    return {
+        name: item if item.ndim == 0 else (tuple(item.shape), item.dtype) for name, item in tensors.items()
+    }
+
+
+def hollow(outline: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors as `outline` describes them, of zeros."""
+    return {
+        name: item if isinstance(item, Tensor) else torch.zeros(item[0], dtype=item[1])
+        for name, item in outline.items()
+    }
+
+
 def restore_weights(
     model: GPT, named: Mapping[str, Tensor], place: Callable[[Tensor, Tensor], None] | None = None
 ) -> None:

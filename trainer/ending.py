@@ -23,7 +23,7 @@ from trainer.progress import FAILURE, STOP, Status, report_failure
 EXIT_REFUSED, EXIT_NON_FINITE, EXIT_MEMORY = 3, 4, 5
 
 Work = Callable[[Status | None, threading.Event], str]
-"""What the process is there for: given status.json (on rank 0) and the event of SIGTERM, `finished` or `stopped`."""
+"""What the process is there for: given status.json (on the first rank of each node) and the event of SIGTERM, `finished` or `stopped`."""
 
 
 class NonFiniteError(Exception):
@@ -39,7 +39,9 @@ def carry(out: Path, work: Work, unusable: type[Exception]) -> int:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: stop.set())
     status = None
-    if int(os.environ.get("RANK", "0")) == 0:
+    if (
+        int(os.environ.get("LOCAL_RANK", "0")) == 0
+    ):  # each node has a supervisor, which reads a status of its own
         (out / FAILURE).unlink(missing_ok=True)
         status = Status(out, world_size=int(os.environ.get("WORLD_SIZE", "1")), microbatch_size=None)
     try:

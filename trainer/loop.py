@@ -21,7 +21,7 @@ from trainer.ending import NonFiniteError
 from trainer.evaluate import mean_loss, summary
 from trainer.progress import Status, finite, log, step_line, write_json
 from trainer.sample import generate, load_model
-from trainer.session import Mark, Pending, Run, peak_memory_gib, prepare
+from trainer.session import Mark, Pending, Run, peak_memory_gib, prepare, restore_model
 from trainer.shards import ShardError
 
 SKIPPED_IN_A_ROW = 10
@@ -288,10 +288,7 @@ def _evaluate(run: Run) -> bool:
     step = run.best[0] if run.best else run.step
     path = checkpoints / manifest.directory_name(step)
     if step != run.step:
-        if here.rank == 0 or (config.train.sharding == "fsdp" and path.is_dir()):
-            checkpoint.restore_weights(run.model, checkpoint.weights(path), distributed.place)
-        if config.train.sharding != "fsdp":
-            distributed.from_rank_0([p.data for p in run.model.parameters()], here)
+        restore_model(run, path)
     results = []
     for test_set in wanted.test_sets:
         if not isinstance(test_set, TestSet):

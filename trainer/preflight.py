@@ -1,6 +1,6 @@
 """`torchrun … -m trainer preflight`: can every process use its GPU, and do they talk to each other fast enough?
 
-Run on a node before its first training step. Prints one JSON document on rank 0 and exits with 0, or with 6 where a
+Run on a node, and over all nodes of a run where there are several, before the first training step. Prints one JSON document on rank 0 and exits with 0, or with 6 where a
 check fails: the node is not what was rented.
 """
 
@@ -21,7 +21,12 @@ FLOOR_BYTES_PER_SECOND = 4e9
 """Bus bandwidth of the all-reduce below which GPUs of one node are not connected as they should be: half of what PCIe 4.0 x8
 gives; NVLink gives hundreds of gigabytes."""
 BUFFER_BYTES = 64 * 2**20
+CPU_BUFFER_BYTES = 4 * 2**20
+"""Of a test without GPUs, whose links are a hundred times as slow."""
 ROUNDS = 5
+BETWEEN_NODES = {"cuda": 5e8, "cpu": 1e7}
+"""The floor over several nodes. cuda: half of what a 10 Gbit/s network gives; below it the exchange of gradients takes longer than
+the steps of any model worth several nodes. cpu: a tenth of a gigabit."""
 
 
 def check(device: str, floor: float) -> dict[str, Any]:
@@ -43,7 +48,7 @@ def check(device: str, floor: float) -> dict[str, Any]:
         dist.destroy_process_group()
     if world > 1 and bandwidth < floor:
         raise RuntimeError(
-            f"all-reduce over {world} processes moves {bandwidth / 1e9:.2f} GB/s, at least {floor / 1e9:g} are expected"
+            f"all-reduce over {world} processes moves {bandwidth / 1e9:.3g} GB/s, at least {floor / 1e9:g} are expected"
         )
     return {
         "world_size": world,
@@ -62,7 +67,8 @@ def _multiply(where: torch.device) -> None:
 
 def _all_reduce(where: torch.device, world: int) -> float:
     """Bus bandwidth, bytes/s, of the best of a few all-reduces: 2·(n−1)/n·bytes / seconds (the convention of nccl-tests)."""
-    buffer = torch.ones(BUFFER_BYTES // 4, device=where)
+    size = BUFFER_BYTES if where.type == "cuda" else CPU_BUFFER_BYTES
+    buffer = torch.ones(size // 4, device=where)
     best = float("inf")
     for _ in range(ROUNDS):
         if where.type == "cuda":
@@ -73,15 +79,20 @@ def _all_reduce(where: torch.device, world: int) -> float:
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - started)
         buffer.fill_(1.0)
-    return 2 * (world - 1) / world * BUFFER_BYTES / best if world > 1 else 0.0
+    return 2 * (world - 1) / world * size / best if world > 1 else 0.0
 
 
 def main(argv: list[str]) -> int:
     """The command line: `--device cuda|cpu [--floor BYTES_PER_SECOND]`."""
     parser = argparse.ArgumentParser(prog="python -m trainer preflight", description=check.__doc__)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--floor", type=float, default=FLOOR_BYTES_PER_SECOND)
+    parser.add_argument(
+        "--floor", type=float, help="bytes a second; default: what fits the device and the number of nodes"
+    )
     options = parser.parse_args(argv)
+    if options.floor is None:
+        several = int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
+        options.floor = BETWEEN_NODES[options.device] if several else FLOOR_BYTES_PER_SECOND
     try:
         found = check(options.device, options.floor)
     except RuntimeError as error:

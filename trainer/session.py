@@ -268,21 +268,43 @@ def set_up_process(config: TrainerConfig) -> None:
         torch.backends.cudnn.benchmark = False
 
 
+def restore_model(run: Run, path: Path) -> None:
+    """The weights of the checkpoint at `path`, which only rank 0 needs to have. Every rank calls it."""
+    here = run.here
+    if run.config.train.sharding != "fsdp":
+        if here.rank == 0:
+            checkpoint.restore_weights(run.model, checkpoint.weights(path), distributed.place)
+        distributed.from_rank_0([p.data for p in run.model.parameters()], here)
+        return
+    named = checkpoint.weights(path) if here.rank == 0 or path.is_dir() else None
+    checkpoint.restore_weights(run.model, _everywhere(named, here), distributed.place)
+
+
+def _everywhere(found: dict[str, Tensor] | None, here: World) -> dict[str, Tensor]:
+    """`found`, or where this rank's node has no copy, tensors of the same shapes: every rank takes part in spreading each
+    tensor, and what is spread is rank 0's."""
+    told = here.tell(checkpoint.outline(found) if here.rank == 0 and found is not None else None)
+    return found if found is not None else checkpoint.hollow(told)
+
+
 def _restore(run: Run, path: Path, facts: dict[str, Any]) -> None:
     """Weights and optimizer state of the checkpoint at `path`, which only rank 0 needs to have."""
-    here, place = run.here, distributed.place
+    here, states = run.here, run.optimizer.state()
     sharded = run.config.train.sharding == "fsdp"
-    reading = here.rank == 0 or (sharded and path.is_dir())
-    if reading:
-        checkpoint.restore_weights(run.model, checkpoint.weights(path), place)
-        saved = checkpoint.load_state(path)["optimizer"]
-        for name, state in run.optimizer.state().items():
+    restore_model(run, path)
+    saved: dict[str, Tensor] | None = None
+    if here.rank == 0 or (sharded and path.is_dir()):
+        kept = checkpoint.load_state(path)["optimizer"]
+        saved = {f"{name}/{key}": kept[name][key] for name, state in states.items() for key in state}
+    if sharded:
+        saved = _everywhere(saved, here)
+    if saved is not None:
+        for name, state in states.items():
             for key, tensor in state.items():
-                value = saved[name][key]
-                place(tensor, padded(name, value, run.config.model) if value.ndim else value)
+                value = saved[f"{name}/{key}"]
+                distributed.place(tensor, padded(name, value, run.config.model) if value.ndim else value)
     if not sharded:
-        states = [tensor for state in run.optimizer.state().values() for tensor in state.values()]
-        distributed.from_rank_0([p.data for p in run.model.parameters()] + states, here)
+        distributed.from_rank_0([tensor for state in states.values() for tensor in state.values()], here)
     run.step = facts["step"]
     run.saved_step = run.step
     run.best = tuple(facts["best"]) if facts["best"] else None

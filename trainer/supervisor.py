@@ -62,13 +62,15 @@ class Supervisor:
         self._lock = lock
         self._child: subprocess.Popen[bytes] | None = None
         self._ending: Ending | None = None
-        self._launch_at = 0.0
+        self._launch_at = self._launched_at = 0.0
         self._log_offset = 0
         self._old_status: dict[str, Any] = {}
         self._beat_at = 0.0
         self._deadline_seen: tuple[int, ...] | None = None
         self._trouble: str | None = None
         self._told_to_end = False
+        self._alone_since: float | None = None
+        """Since when torchrun has not brought a trainer to life here, because other nodes are missing."""
         self._deadline = Deadline(self.clock, job.deadline)
         self._progress = Progress(self.clock.boot(), {})
         self._interruption = Interruption() if job.watch_interruption else None
@@ -142,6 +144,7 @@ class Supervisor:
         # When memory runs out it is the trainer that goes, not its supervisor.
         with contextlib.suppress(OSError):
             Path(f"/proc/{self._child.pid}/oom_score_adj").write_text("500", encoding="ascii")
+        self._launched_at = now
         self._progress = Progress(now, self._old_status)
         self.record.update(state="running", pgid=self._child.pid, restarts=self.record["starts"],
                            starts=self.record["starts"] + 1)  # fmt: skip
@@ -165,8 +168,27 @@ class Supervisor:
             self._finish("stopped", "the trainer stopped by itself", 0)
         elif code in REFUSALS:
             self._finish("failed", news.get("message") or REFUSALS[code], code)
+        elif self.job.nodes > 1 and not news:
+            self._gather_again()
         else:
             self._restart(describe(code) if code else "exit code 0 before the last step", code)
+
+    def _gather_again(self) -> None:
+        """torchrun ended before a trainer lived, as it does when another node is dead or out of reach. That is no crash of
+        this node's trainer: it is tried again for a while, and then left to the driver, which can replace nodes."""
+        now = self.clock.boot()
+        since = self._alone_since = self._alone_since if self._alone_since is not None else self._launched_at
+        if now - since >= self.job.gather_seconds:
+            self._finish(
+                "lost", f"the {self.job.nodes} nodes did not find each other for {now - since:.0f} s", 1
+            )
+            return
+        self.record.update(state="restarting", pgid=None)
+        self._launch_at = now + self.job.restart_pause_seconds
+        self._note(
+            f"the other nodes did not come; waiting for them for {self.job.gather_seconds - (now - since):.0f} s more"
+        )
+        self._save(sync=True)
 
     def _restart(self, cause: str, code: int | None) -> None:
         """Another start after a pause, unless they are spent."""
@@ -249,6 +271,8 @@ class Supervisor:
     def _check_stall(self, now: float) -> None:
         """No step for many medians: dump the stacks of all threads, then restart."""
         self._progress.observe(now, self._status())
+        if self._progress.stepped:
+            self._alone_since = None
         idle, limit = now - self._progress.since, self._progress.limit(self.job)
         if idle <= limit:
             return

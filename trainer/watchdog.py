@@ -60,6 +60,10 @@ class Job:
     """The same before the first step, and outside of steps."""
     restart_pause_seconds: float = 2
     """Pause before the first restart; it grows by as much with each one, up to ten times."""
+    nodes: int = 1
+    """How many nodes train together."""
+    gather_seconds: float = 300
+    """How long the nodes of a run may take to find each other again before this one gives the others up."""
     watch_interruption: bool = False
     """Ask the instance's metadata service for a spot interruption."""
 
@@ -79,6 +83,7 @@ class Job:
             "env": isinstance(raw.get("env", {}), dict) and _strings(list(raw.get("env", {}).values())),
             "secrets_file": isinstance(raw.get("secrets_file"), (str, type(None))),
             "max_restarts": isinstance(raw.get("max_restarts", 0), int) and raw.get("max_restarts", 0) >= 0,
+            "nodes": isinstance(raw.get("nodes", 1), int) and raw.get("nodes", 1) >= 1,
             "deadline": raw.get("deadline") is None or _finite(raw["deadline"]),
         }
         checks.update({key: _finite(value) and value >= 0 for key, value in known.items()

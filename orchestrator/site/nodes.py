@@ -9,18 +9,19 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from orchestrator.clock import Clock
 from orchestrator.life.sight import SiteView
-from orchestrator.life.world import Job
+from orchestrator.life.world import Job, TrainerView
 from orchestrator.remote import transfer
 from orchestrator.remote.connection import Address, NodeUnreachable, RemoteError
 from orchestrator.remote.mirror import Mirror
 from orchestrator.remote.node import Remote
-from orchestrator.site import collect, environment, prepare, pushed, start
+from orchestrator.site import collect, environment, group, prepare, pushed, start
 from orchestrator.site.journal import Journal
 from orchestrator.site.watch import Watch
 from runs import events as e
@@ -31,6 +32,11 @@ Change = tuple[str, e.RunEvent | e.NodeEvent]
 PROGRESS_SECONDS = 2.0
 _WORK_FAILS = (RemoteError, prepare.PrepareError, environment.EnvironmentFailed, collect.VerificationError,
                transfer.TransferError, OSError, TimeoutError)  # fmt: skip
+
+
+def node_log(rank: int) -> str:
+    """Where the log of a run's node beside the first is mirrored."""
+    return f"train.n{rank}.log"
 
 
 class NodeSite:
@@ -55,6 +61,9 @@ class NodeSite:
         self._lock = threading.Lock()
         self._journal = Journal(self.directory / "metrics.raw.jsonl", self.directory / "metrics.jsonl")
         self._progress_at = 0.0
+        self._group: group.Group | None = None
+        self._odd_since: float | None = None
+        """Since when some supervisors of the attempt have ended and others have not."""
         self._puller = collect.Puller(self.directory, clock, wake)
         self._renewer = pushed.Renewer(plan.objects, clock)
 
@@ -69,9 +78,13 @@ class NodeSite:
             changes += self._news
             self._news = []
             jobs = dict(self._jobs)
-        first = self._first(run)
         contacts = {key: watch.seen.contact for key, watch in self._watches.items() if watch.seen.contact}
-        return SiteView(contacts, first.seen.trainer if first else None, jobs, changes)
+        return SiteView(contacts, self._trainer(run), jobs, changes)
+
+    def _trainer(self, run: RunRecord) -> TrainerView | None:
+        """What all supervisors of the attempt say together."""
+        first, others = self._first(run), self._others(run)
+        return group.view(first.seen.trainer if first else None, [other.seen.trainer for other in others])
 
     def prepare(self, run: RunRecord, key: str) -> None:
         """Begin the lanes of a node."""
@@ -80,14 +93,36 @@ class NodeSite:
         if watch is None:
             return
 
+        together = self._gather(run)
+
         def done(name: str, lane: prepare.Lane) -> None:
             with self._lock:
                 self._lanes[f"{key}/{name}"] = lane
+            if together is not None:
+                together.know([f"{key}/{name}"])
             self._wake()
 
-        self._start_job(
-            f"{key}/prepare", lambda: prepare.prepare(watch.remote, run, node, self._plan, done), key
-        )
+        def work() -> None:
+            prepare.prepare(watch.remote, run, node, self._plan, done, group=together)
+
+        self._start_job(f"{key}/prepare", work, key)
+
+    def _gather(self, run: RunRecord) -> group.Group | None:
+        """The meeting place of the attempt's nodes; None where there is one node only."""
+        attempt, first = run.attempt, self._first(run)
+        if attempt is None or len(attempt.keys) == 1 or first is None:
+            return None
+        token = f"{run.run}-a{attempt.number}"
+        if self._group is None or self._group.token != token:
+            self._disperse()
+            self._group = group.Group(token, run, first.remote)
+        self._group.know(list(attempt.lanes))
+        return self._group
+
+    def _disperse(self) -> None:
+        if self._group is not None:
+            self._group.close()
+        self._group = None
 
     def start(self, run: RunRecord, token: str, deadline: datetime | None) -> None:
         """Start the supervisors under `token`."""
@@ -96,20 +131,31 @@ class NodeSite:
             run.attempt,
             [self._watches[key] for key in run.attempt.keys if key in self._watches],
         )
-        cpus = [int(node.facts.get("cpus") or 1) for node in run.attempt_nodes()]
-        addresses = [node.private_ip or node.ip or "" for node in run.attempt_nodes()]
-        spot = any(node.offer.options.get("market") == "spot" for node in run.attempt_nodes())
+        nodes = list(run.attempt_nodes())
+        spot = any(node.offer.options.get("market") == "spot" for node in nodes)
+        networks = [
+            lane.detail if (lane := attempt.lanes.get(f"{key}/network")) else {} for key in attempt.keys
+        ]
+        addresses = [str(network.get("address", "")) for network in networks]
+
+        def one(rank: int, watch: Watch) -> None:
+            found = {**attempt.lanes[f"{attempt.keys[rank]}/environment"].detail, "spot": spot}
+            how = start.Start(
+                token,
+                deadline,
+                rank,
+                found,
+                cpus=int(nodes[rank].facts.get("cpus") or 1),
+                addresses=addresses,
+                interface=str(networks[rank].get("interface", "")),
+            )
+            start.start(watch.remote, run, self._plan.secrets, how)
+            watch.asked()
 
         def work() -> None:
-            for rank, watch in enumerate(watches):
-                found = {**attempt.lanes[f"{attempt.keys[rank]}/environment"].detail, "spot": spot}
-                start.start(
-                    watch.remote,
-                    run,
-                    self._plan.secrets,
-                    start.Start(token, deadline, rank, addresses, found, cpus[rank]),
-                )
-                watch.asked()
+            with ThreadPoolExecutor(len(watches)) as pool:
+                for done in [pool.submit(one, rank, watch) for rank, watch in enumerate(watches)]:
+                    done.result()
 
         for watch in watches:
             watch.asked()
@@ -120,10 +166,9 @@ class NodeSite:
         watches = [watch for node in run.attempt_nodes() if (watch := self._watches.get(node.key))]
 
         def work() -> None:
+            request = json.dumps({"checkpoint": checkpoint}).encode()
             for watch in watches:
-                watch.remote.write(
-                    f"{watch.directory}/stop-request.json", json.dumps({"checkpoint": checkpoint}).encode()
-                )
+                watch.remote.write(f"{watch.directory}/stop-request.json", request)
                 watch.asked()
 
         for watch in watches:
@@ -136,11 +181,18 @@ class NodeSite:
         if watch is None:
             return
         mirrors = self._mirrors(run)
+        everywhere = [watch.remote, *(other.remote for other in self._others(run))]
+        unfinished = run.attempt is not None and run.attempt.trainer_end not in {"finished", "stopped"}
 
         def work() -> None:
+            if (
+                len(everywhere) > 1 and unfinished
+            ):  # the nodes did not end together: what is left on any of them ends now
+                group.kill(everywhere, run.run)
             collect.drain(watch.remote, watch.directory, mirrors, self._clock)
             if self._plan.secrets:  # nothing trains there any more, and the node may be kept
-                start.forget_secrets(watch.remote, run)
+                for remote in everywhere:
+                    start.forget_secrets(remote, run)
             found = collect.evaluations(watch.remote, watch.directory, run, self._clock, self._plan.decode)
             with self._lock:
                 self._news += found
@@ -154,6 +206,7 @@ class NodeSite:
 
     def close(self) -> None:
         """Stop looking. Jobs on the nodes go on."""
+        self._disperse()
         for watch in self._watches.values():
             self._leave(watch)
         self._puller.close()
@@ -168,6 +221,8 @@ class NodeSite:
     def _attend(self, run: RunRecord) -> None:
         """A watch for each living node of the open attempt that has an address; none for the others."""
         nodes = {node.key: node for node in run.attempt_nodes() if node.alive and node.ip} if run.live else {}
+        if run.attempt is None or (self._group and self._group.token != f"{run.run}-a{run.attempt.number}"):
+            self._disperse()
         addresses = {key: self._address(node) for key, node in nodes.items()}
         for key, watch in list(self._watches.items()):
             if addresses.get(key) != watch.remote.address:  # gone, or it answers elsewhere now
@@ -175,7 +230,8 @@ class NodeSite:
         for key, address in addresses.items():
             if key not in self._watches:
                 assert run.attempt is not None
-                mirrors = self._mirrors(run) if key == run.attempt.keys[0] else None
+                rank = run.attempt.keys.index(key)
+                mirrors = self._log_of(run, rank) if rank else self._mirrors(run)
                 self._watches[key] = Watch(Remote(address), run.run, self._clock, self._wake, mirrors)
 
     def _mirrors(self, run: RunRecord) -> dict[str, Mirror]:
@@ -185,6 +241,15 @@ class NodeSite:
             "train.log": Mirror(self.directory / "train.log", number),
             "metrics.jsonl": Mirror(self._journal.raw, number),
         }
+
+    def _log_of(self, run: RunRecord, rank: int) -> dict[str, Mirror]:
+        """Of a node beside the first: its log in a file of its own."""
+        assert run.attempt is not None
+        return {"train.log": Mirror(self.directory / node_log(rank), run.attempt.number)}
+
+    def _others(self, run: RunRecord) -> list[Watch]:
+        keys = run.attempt.keys[1:] if run.attempt is not None else ()
+        return [self._watches[key] for key in keys if key in self._watches]
 
     def _first(self, run: RunRecord) -> Watch | None:
         return (
@@ -222,23 +287,37 @@ class NodeSite:
         self._journal.read(run)
         announced = list(self._journal.checkpoints(run))
         yield from ((stream, self._seen(item, now)) for item in announced)
-        supervisor = first.seen.supervisor if first else {}
-        trainer = first.seen.trainer if first else None
-        mine = trainer is not None and trainer.token == run.attempt.token and run.attempt.token is not None
-        ending = mine and trainer is not None and trainer.state == "ended" and run.attempt.trainer_end is None
+        supervisor = self._supervisor(run, first)
+        ended = self._verdict(run, supervisor)
+        ending = ended is not None and run.attempt.trainer_end is None
         monotonic = self._clock.monotonic()
         if ending or run.attempt.trainer_end or monotonic - self._progress_at >= PROGRESS_SECONDS:
             self._progress_at = monotonic
             progress = self._journal.progress(run, now)
             if progress is not None:
                 yield stream, progress
-        if mine and supervisor.get("restarts", 0) > run.attempt.restarts:
+        if supervisor.get("restarts", 0) > run.attempt.restarts:
             yield stream, e.TrainerRestarted(at=now, restarts=supervisor["restarts"], reason=str(supervisor.get("detail") or ""),
                                              step=int(supervisor.get("step") or 0))  # fmt: skip
-        if ending:
-            yield stream, e.TrainerEnded(at=now, attempt=run.attempt.number, reason=str(supervisor.get("reason") or "failed"),
-                                         step=int(supervisor.get("step") or 0), detail=str(supervisor.get("detail") or ""))  # fmt: skip
+        if ended is not None and ending:
+            yield stream, e.TrainerEnded(at=now, attempt=run.attempt.number, reason=ended[0],
+                                         step=int(supervisor.get("step") or 0), detail=ended[1])  # fmt: skip
         yield from self._checkpoints(run, now)
+
+    def _supervisor(self, run: RunRecord, watch: Watch | None) -> dict[str, Any]:
+        """What a node's supervisor wrote under the attempt's token; {} before that."""
+        assert run.attempt is not None
+        seen = watch.seen if watch is not None else None
+        if seen is None or seen.trainer is None or run.attempt.token is None:
+            return {}
+        return seen.supervisor if seen.trainer.token == run.attempt.token else {}
+
+    def _verdict(self, run: RunRecord, first: dict[str, Any]) -> tuple[str, str] | None:
+        """Why the trainer has ended, as the supervisors of all nodes say together."""
+        others, now = [self._supervisor(run, other) for other in self._others(run)], self._clock.monotonic()
+        self._odd_since = (self._odd_since or now) if group.odd(first, others) else None
+        odd_seconds = now - self._odd_since if self._odd_since is not None else 0.0
+        return group.verdict(first, others, asked=run.stop is not None, odd_seconds=odd_seconds)
 
     def _checkpoints(self, run: RunRecord, now: datetime) -> Iterator[Change]:
         """Pull what was announced while training goes on, report what is whole here, and let go of old ones."""

@@ -25,6 +25,7 @@ from orchestrator.remote.connection import CommandFailed
 from orchestrator.remote.node import Remote
 from orchestrator.site import environment
 from orchestrator.site.collect import here
+from orchestrator.site.group import Group, Member, NoPrivateNetwork, interface, kill, private_address
 from orchestrator.site.start import bare, directory
 from provisioning.base import ProviderError
 from provisioning.objects import S3
@@ -96,18 +97,26 @@ def package_hash(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def prepare(remote: Remote, run: RunRecord, node: NodeRecord, plan: Plan, done: Done) -> None:
+def prepare(
+    remote: Remote, run: RunRecord, node: NodeRecord, plan: Plan, done: Done, *, group: Group | None = None
+) -> None:
     """All lanes of one node. `done(name, lane)` is called as each completes, `ready` among them as soon as training can
-    start; returns when all data is there. Raises PreflightError, PrepareError, RemoteError, TransferError."""
+    start; returns when all data is there. `group`: the nodes of the attempt, where there are several. Raises
+    PreflightError, PrepareError, RemoteError, TransferError, TimeoutError."""
     preflight(run, node)
+    first = group is None or node.key == group.keys[0]
+    if run.attempt is not None and run.attempt.number > 1 and run.attempt.token is None:
+        kill([remote], run.run)  # what an earlier attempt left on a machine of the user's own
     remote.run(["mkdir", "-p", *(bare(path) for path in (f"{directory(run.run)}/checkpoints", DATA))])
     progress = _Progress(done, plan_hash(plan))
     lanes: dict[str, Callable[[], None]] = {
         "code": lambda: _code(remote, run, plan, progress.complete),
         "environment": lambda: _environment(remote, run, progress.complete),
-        "data": lambda: _data(remote, plan, progress.complete),
+        "data": lambda: _data(remote, plan, progress.complete, None if first else group),
     }
-    if run.attempt is not None and run.attempt.from_step:
+    if group is not None:
+        lanes["network"] = lambda: _network(remote, node, group, progress)
+    if first and run.attempt is not None and run.attempt.from_step:  # rank 0 reads it, and tells the others
         lanes["checkpoint"] = lambda: _checkpoint(remote, run, progress.complete)
     if run.spec["train"]["device"] == "cuda":
         lanes["gpus"] = lambda: _gpus(remote, run, progress)
@@ -246,18 +255,55 @@ def _gpus(remote: Remote, run: RunRecord, progress: _Progress) -> None:
     progress.complete("gpus", Lane(str(detail["torch"]), time.monotonic() - started, 0, detail))
 
 
-def _data(remote: Remote, plan: Plan, complete: Done) -> None:
-    """The first training shard and everything held out, then the rest; nothing that is there already."""
+def _network(remote: Remote, node: NodeRecord, group: Group, progress: _Progress) -> None:
+    """The nodes find each other on their private network, and it is fast enough."""
+    started = time.monotonic()
+    if not progress.wait_for("code", "environment"):
+        return
+    try:
+        address = private_address(node)
+        name = interface(remote, address)
+        member = Member(remote, address, name, progress.lanes["environment"].detail)
+        found = group.meet(node.key, member)
+    except NoPrivateNetwork as error:
+        raise PreflightError(str(error)) from error
+    detail = {"address": address, "interface": name, **found}
+    progress.complete("network", Lane(f"{address}%{name}", time.monotonic() - started, 0, detail))
+
+
+def _data(remote: Remote, plan: Plan, complete: Done, group: Group | None = None) -> None:
+    """The first training shard and everything held out, then the rest; nothing that is there already. With a `group`: what
+    leaves this machine goes to its first node alone, and from there to this one."""
     started, sent = time.monotonic(), 0
     shards = plan.data.shards
     first = [item for item in shards if item.node_name in plan.data.first]
     rest = [item for item in shards if item.node_name not in plan.data.first]
-    for name, group in (("first shards", first), ("data", rest)):
-        local = {f"{DATA}/{item.node_name}": item.path for item in group if item.path is not None}
-        moved = transfer.push(remote, local, immutable=True)
+    for name, wanted in (("first shards", first), ("data", rest)):
+        here_now = {f"{DATA}/{item.node_name}": item.path for item in wanted if item.path is not None}
+        passed = group is not None and bool(here_now) and _pass_on(remote, name, wanted, group)
+        moved = transfer.push(remote, here_now, immutable=True)  # whatever was passed on is there already
         sent += moved.bytes_sent
-        _pull_on_node(remote, [item for item in group if item.url is not None], plan.secrets, plan.objects)
-        complete(name, Lane(plan_hash(plan), time.monotonic() - started, sent, {"method": moved.method}))
+        _pull_on_node(remote, [item for item in wanted if item.url is not None], plan.secrets, plan.objects)
+        method = "node to node" if passed and not moved.bytes_sent else moved.method
+        complete(name, Lane(plan_hash(plan), time.monotonic() - started, sent, {"method": method}))
+
+
+def _pass_on(remote: Remote, name: str, wanted: Sequence[sources.Shard], group: Group) -> bool:
+    """Fetch shards from the first node; False where that did not work, and they must come from here."""
+    url = group.shared(name)
+    if url is None:
+        return False
+    files = [
+        {"url": f"{url}{item.node_name}", "path": f"{bare(DATA)}/{item.node_name}", "bytes": item.bytes,
+         "sha256": item.sha256}
+        for item in wanted if item.path is not None
+    ]  # fmt: skip
+    try:
+        _run_pull(remote, files, {"NO_PROXY": "*", "no_proxy": "*"})
+    except PrepareError:
+        group.forget_share()
+        return False
+    return True
 
 
 def _pull_on_node(
@@ -272,13 +318,18 @@ def _pull_on_node(
         wanted = [sources.pull_item(item, f"{bare(DATA)}/{item.node_name}", objects) for item in shards]
     except ProviderError as error:
         raise PrepareError(f"the data's addresses could not be signed: {error}") from error
+    _run_pull(remote, wanted, secrets)
+
+
+def _run_pull(remote: Remote, wanted: Sequence[Mapping[str, Any]], env: Mapping[str, str]) -> None:
+    """`trainer/pull.py` on the node. Raises PrepareError."""
     body = json.dumps({"files": wanted}).encode()
     name = f"llmctl/pull-{hashlib.sha256(body).hexdigest()[:12]}.json"
     remote.write(f"~/{name}", body, 0o600)
     script = Path(trainer.__file__).with_name("pull.py").read_bytes()
     remote.write("~/llmctl/pull.py", script, 0o644)
     try:
-        remote.run(["python3", "llmctl/pull.py", "--manifest", name], timeout=6 * 3600, env=secrets)
+        remote.run(["python3", "llmctl/pull.py", "--manifest", name], timeout=6 * 3600, env=env)
     except CommandFailed as error:
         raise PrepareError(f"the node could not fetch its data: {error}") from error
     finally:

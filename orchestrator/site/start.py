@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -13,6 +14,32 @@ from runs.record import RunRecord
 
 SECRETS_FILE = "secrets.env"
 """In the run's directory on a node, 0600, from the start of the trainer until it is collected."""
+
+
+RANK_PREFIX = "[rank ${rank}] "
+GATHER_SECONDS = 60
+"""A torchrun that has not met all others for this long ends, and is started again."""
+
+
+def port(token: str) -> int:
+    """The rendezvous port of a token: below those that systems give away, and rarely that of another run beside it."""
+    return 20_000 + zlib.crc32(token.encode()) % 10_000
+
+
+def rendezvous(token: str, addresses: Sequence[str], rank: int) -> list[str]:
+    """torchrun's arguments for node `rank` of several.
+
+    The static rendezvous: c10d's gives out ranks in the order of the addresses as texts, so that rank 0, which writes
+    checkpoints and metrics, would not be on the node where the driver looks for them.
+    """
+    return ["--nnodes", str(len(addresses)), "--node-rank", str(rank), "--rdzv-backend", "static", "--rdzv-id", token,
+            "--master-addr", addresses[0], "--master-port", str(port(token)), "--local-addr", addresses[rank],
+            "--rdzv-conf", f"timeout={GATHER_SECONDS}"]  # fmt: skip
+
+
+def interface_env(interface: str) -> dict[str, str]:
+    """What makes NCCL and gloo use that network interface."""
+    return {"NCCL_SOCKET_IFNAME": f"={interface}", "GLOO_SOCKET_IFNAME": interface}
 
 
 def directory(run: str) -> str:
@@ -32,13 +59,12 @@ class Start:
     token: str
     deadline: datetime | None
     rank: int
-    addresses: list[str]
-    """Of all nodes, on the private network where there is one; the first is the rendezvous."""
     environment: Mapping[str, Any]
     cpus: int = 1
-
-
-RENDEZVOUS_PORT = 29400
+    addresses: Sequence[str] = ("",)
+    """Of all nodes, on their private network; the first has the rendezvous."""
+    interface: str = ""
+    """The node's interface in that network."""
 
 
 def start(remote: Remote, run: RunRecord, secrets: Mapping[str, str], how: Start) -> None:
@@ -67,15 +93,20 @@ def job(run: RunRecord, how: Start, secrets_file: str | None) -> dict[str, Any]:
     assert run.attempt is not None
     nodes = len(how.addresses)
     processes = max(1, run.attempt.world_size // nodes)
-    rendezvous = ["--standalone"]
+    meeting, env = ["--standalone"], {}
     if nodes > 1:
-        end = f"{how.addresses[0]}:{RENDEZVOUS_PORT}"
-        rendezvous = ["--nnodes", str(nodes), "--node-rank", str(how.rank), "--rdzv-backend", "c10d", "--rdzv-id", how.token,
-                      "--rdzv-endpoint", end, "--local-addr", how.addresses[how.rank]]  # fmt: skip
-    argv = [how.environment["python"], "-m", "torch.distributed.run", *rendezvous, "--nproc-per-node", str(processes),
+        # Each line of each rank comes with its number: of one node alone, only rank 0 has anything to say.
+        meeting = [*rendezvous(how.token, how.addresses, how.rank), "--tee", "3", "--log-dir", "ranks"]
+        env = {**interface_env(how.interface), "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": RANK_PREFIX}
+    argv = [how.environment["python"], "-m", "torch.distributed.run", *meeting, "--nproc-per-node", str(processes),
             "--max-restarts", "0", "-m", "trainer", "train", "--config", "config.json", "--out", "."]  # fmt: skip
     threads = max(1, how.cpus // processes) if run.spec["train"]["device"] == "cpu" else 1
-    env = {"OMP_NUM_THREADS": threads, **how.environment.get("env", {}), **run.spec["node"]["env"]}
+    env = {
+        **env,
+        "OMP_NUM_THREADS": str(threads),
+        **how.environment.get("env", {}),
+        **run.spec["node"]["env"],
+    }
     return {
         "token": how.token,
         "argv": argv,
@@ -83,5 +114,6 @@ def job(run: RunRecord, how: Start, secrets_file: str | None) -> dict[str, Any]:
         "secrets_file": secrets_file,
         "max_restarts": run.spec["node"]["max_restarts"],
         "deadline": how.deadline.timestamp() if how.deadline else None,
+        "nodes": nodes,
         "watch_interruption": how.environment.get("spot", False),
     }
