@@ -1,4 +1,4 @@
-"""Provider `ssh`: a machine of your own. Acquiring it is a claim on this side, so that two runs do not share it unawares.
+"""Provider `ssh`: machines of your own. Acquiring one is a claim on this side, so that two runs do not share it unawares.
 
     LLMCTL_HOME/nodes/ssh-HOST-PORT-USER.json   the claim: which node it is now; made by link(2), so one claimant wins
     LLMCTL_HOME/ssh/known_hosts/ssh-HOST-PORT   its host key, pinned at the first connection and kept between runs; a
@@ -13,14 +13,29 @@ import getpass
 import os
 import re
 import secrets
+import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from provisioning import keys
-from provisioning.base import Check, Home, InvalidHardware, LaunchRequest, NoCapacity, Refused, Traits, utc
+from provisioning.base import (
+    Check,
+    Home,
+    InvalidHardware,
+    LaunchRequest,
+    NoCapacity,
+    Refused,
+    Traits,
+    number,
+    texts,
+    utc,
+)
 from provisioning.local import price
 from runs.facts import Fact, Inventory, Marker, NodeFacts, Offer, Tariff
+
+ANSWER_SECONDS = 3.0
+"""How long a machine may take to accept a connection before another one of the list is taken."""
 
 
 class _Claim(Fact):
@@ -32,18 +47,19 @@ class _Claim(Fact):
     port: int
     user: str
     micro_usd_per_hour: int
+    private_ip: str | None = None
+    """Where the other nodes of its run reach it."""
 
 
 def open(home: Home, hardware: dict[str, object]) -> Ssh:  # noqa: A001 - the registry's word: ssh.open
-    """The provider for the section's host. An empty section (status, reap) sees every claim and can launch nothing."""
-    host = str(hardware.get("host") or "")
+    """The provider for the section's hosts. An empty section (status, reap) sees every claim and can launch nothing."""
     port = hardware.get("port", 22)
     if not isinstance(port, int) or not 0 < port < 65536:
         raise InvalidHardware(f"port is {port!r}", hint="a number from 1 to 65535")
     identity = hardware.get("identity_file")
     return Ssh(
         home,
-        host=host,
+        hosts=texts(hardware, "host"),
         port=port,
         user=str(hardware.get("user") or getpass.getuser()),
         identity_file=Path(str(identity)).expanduser() if identity else None,
@@ -52,7 +68,7 @@ def open(home: Home, hardware: dict[str, object]) -> Ssh:  # noqa: A001 - the re
 
 
 class Ssh:
-    """One machine behind SSH. Implements `base.Provider`."""
+    """Machines behind SSH. Implements `base.Provider`."""
 
     name = "ssh"
     traits = Traits(
@@ -70,7 +86,7 @@ class Ssh:
         self,
         home: Home,
         *,
-        host: str,
+        hosts: Sequence[str],
         port: int,
         user: str,
         identity_file: Path | None,
@@ -78,66 +94,86 @@ class Ssh:
     ) -> None:
         self._home = home
         self._nodes = home.path / "nodes"
-        self._host, self._port, self._user = host, port, user
+        self._hosts, self._port, self._user = tuple(hosts), port, user
         self._identity_file = identity_file
         self._price = micro_usd_per_hour
 
     def offers(self, hardware: dict[str, object]) -> list[Offer]:
-        """The one machine; unavailable while another run has it. Its GPUs are believed to be those of the section: the
-        preflight looks."""
-        if not self._host:
+        """The machines as one offer; unavailable while other runs leave fewer than the section's `nodes`. Their GPUs are
+        believed to be those of the section: the preflight looks."""
+        if not self._hosts:
             return []
         wanted = hardware.get("gpu")
         first = wanted[0] if isinstance(wanted, list) and wanted else wanted
         gpu, _, count = str(first).partition(":") if first else ("", "", "0")
+        free = [host for host in self._hosts if _read(self._path(host)) is None]
+        named = ", ".join(f"{self._user}@{host}:{self._port}" for host in self._hosts)
         offer = Offer(
             provider=self.name,
-            instance_type=self._host,
+            instance_type=self._hosts[0] if len(self._hosts) == 1 else f"{len(self._hosts)} machines",
             region="ssh",
             gpu=gpu or None,
             gpus=int(count or 1) if gpu else 0,
             tariff=Tariff(micro_usd_per_hour=self._price),
-            available=_read(self._path) is None,
-            description=f"{self._user}@{self._host}:{self._port}",
+            available=len(free) >= (number(hardware, "nodes") or 1),
+            description=named,
         )
         return [offer]
 
     def launch(self, request: LaunchRequest) -> str:
-        """Claim the machine; the id is the marker's key. Raises NoCapacity while another node claims it."""
-        if not self._host:
+        """Claim the first machine that is free and answers; the id is the marker's key. Raises NoCapacity where none is."""
+        if not self._hosts:
             raise InvalidHardware(
                 "hardware.host is missing", hint="name the machine: hardware: {provider: ssh, host: …}"
             )
         if self._identity_file is not None:
             _usable(self._identity_file)
-        marker = request.marker
+        problems = []
+        for host in self._hosts:
+            holder = self._claim(host, request)
+            if holder is None:
+                return request.marker.key
+            problems.append(f"{host} {holder}")
+        raise NoCapacity(
+            "; ".join(problems),
+            code="claimed",
+            hint="wait for that run, or stop it: `llmctl status` shows it",
+        )
+
+    def _claim(self, host: str, request: LaunchRequest) -> str | None:
+        """Claim that machine; the reason where that cannot be."""
+        path, marker = self._path(host), request.marker
         claim = _Claim(
             marker=marker,
             owner=request.owner,
-            host=self._host,
+            host=host,
             port=self._port,
             user=self._user,
             micro_usd_per_hour=self._price,
+            private_ip=_address(host) if (number(request.options, "nodes") or 1) > 1 else None,
         )
+        # With others to choose from, one that is switched off is passed over: the node that replaces a lost one must not be it.
+        if len(self._hosts) > 1 and _read(path) is None and not _answers(host, self._port):
+            return "does not answer"
         try:
             self._nodes.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._link_known_hosts(marker.key)
-            if not _create(self._path, claim.model_dump_json()):
-                holder = _read(self._path)
+            if not _create(path, claim.model_dump_json()):
+                holder = _read(path)
                 if holder is None or holder.marker.key != marker.key:
-                    by = holder.marker.key if holder else "a run that ended just now"
-                    raise NoCapacity(
-                        f"{self._host} is in use by {by}",
-                        code="claimed",
-                        hint="wait for that run, or stop it: `llmctl status` shows it",
-                    )
+                    return f"is in use by {holder.marker.key if holder else 'a run that ended just now'}"
+            self._link_known_hosts(host, marker.key)
         except OSError as error:
-            raise Refused(f"the claim on {self._host} could not be written: {error}", code="claim") from error
-        return marker.key
+            raise Refused(f"the claim on {host} could not be written: {error}", code="claim") from error
+        return None
 
     def redacted(self, request: LaunchRequest) -> dict[str, object]:
         """What `launch` would note."""
-        return {"name": request.marker.name, "host": self._host, "port": self._port, "user": self._user}
+        return {
+            "name": request.marker.name,
+            "host": list(self._hosts),
+            "port": self._port,
+            "user": self._user,
+        }
 
     def inventory(self) -> Inventory:
         """Every claim of this LLMCTL_HOME, on whatever host."""
@@ -168,30 +204,29 @@ class Ssh:
 
     def check(self) -> Sequence[Check]:
         """Whether the key can be used and whose claim is on the host."""
-        if not self._host:
+        if not self._hosts:
             return [Check("ssh", True, "no host configured")]
         try:
             file = self._identity_file or keys.client_key(self._home.path)
             key = Check("ssh key", True, f"{file}: {keys.public_key(file)}")
         except keys.KeyFileError as error:
             key = Check("ssh key", False, str(error), error.hint)
-        claim = _read(self._path)
-        return [
-            key,
-            Check("ssh host", True, f"{self._host}: {f'in use by {claim.marker.key}' if claim else 'free'}"),
-        ]
+        return [key, *(self._check(host) for host in self._hosts)]
+
+    def _check(self, host: str) -> Check:
+        claim = _read(self._path(host))
+        return Check("ssh host", True, f"{host}: {f'in use by {claim.marker.key}' if claim else 'free'}")
 
     def leftovers(self) -> Sequence[str]:
         """Nothing else here costs money."""
         return []
 
-    @property
-    def _path(self) -> Path:
-        return self._nodes / f"{_slug(f'ssh-{self._host}-{self._port}-{self._user}')}.json"
+    def _path(self, host: str) -> Path:
+        return self._nodes / f"{_slug(f'ssh-{host}-{self._port}-{self._user}')}.json"
 
-    def _link_known_hosts(self, key: str) -> None:
+    def _link_known_hosts(self, host: str, key: str) -> None:
         """Make the node's known_hosts the one of its host, so that a pin outlives the run."""
-        target = keys.known_hosts(self._home.path, _slug(f"ssh-{self._host}-{self._port}"))
+        target = keys.known_hosts(self._home.path, _slug(f"ssh-{host}-{self._port}"))
         link = keys.known_hosts(self._home.path, key)
         link.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not link.is_symlink():
@@ -207,6 +242,7 @@ class Ssh:
             ip=claim.host,
             port=claim.port,
             user=claim.user,
+            private_ip=claim.private_ip,
             region="ssh",
             instance_type=claim.host,
             micro_usd_per_hour=claim.micro_usd_per_hour,
@@ -221,6 +257,22 @@ def _usable(identity_file: Path) -> None:
         keys.public_key(identity_file)
     except keys.KeyFileError as error:
         raise InvalidHardware(str(error), code=error.code, hint=error.hint) from error
+
+
+def _address(host: str) -> str | None:
+    """The IPv4 address of a host, where it can be had."""
+    try:
+        return socket.gethostbyname(host)
+    except OSError:
+        return None
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), ANSWER_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def _slug(text: str) -> str:

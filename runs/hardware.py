@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 Dollars = Annotated[float, Field(gt=0)]
 Price = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+Host = Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9.:_%-]*$")]
 
 
 class Section(BaseModel):
@@ -51,11 +52,11 @@ class LocalHardware(_Owned):
 
 
 class SshHardware(_Owned):
-    """A machine of yours that answers SSH."""
+    """Machines of yours that answer SSH."""
 
     provider: Literal["ssh"]
-    host: Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9.:_%-]*$")]
-    """Name or address."""
+    host: Host | Annotated[list[Host], Field(min_length=1)]
+    """Name or address; of several machines a run takes as many as it has nodes, in this order, and the others replace lost ones."""
     port: Annotated[int, Field(ge=1, le=65535)] = 22
     """Port of its SSH server."""
     user: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]*\$?$")] | None = None

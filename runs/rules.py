@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from runs.complaints import Complaint, nearest
-from runs.hardware import LambdaHardware
+from runs.hardware import LambdaHardware, SshHardware
 from runs.sections import RunSpec
 from runs.yamlfile import Path
 from trainer.config import ConfigError, TestSet, check, check_batch, parse_duration
@@ -51,6 +51,18 @@ def _rented(spec: RunSpec) -> Iterator[Complaint]:
         yield Complaint(("hardware",), "an instance type or a region is empty", "Delete it")
     if isinstance(hardware, LambdaHardware):
         yield from _lambda_key(hardware)
+
+
+def _hosts(spec: RunSpec) -> Iterator[Complaint]:
+    hardware = spec.hardware
+    if not isinstance(hardware, SshHardware):
+        return
+    hosts = [hardware.host] if isinstance(hardware.host, str) else hardware.host
+    if len(set(hosts)) < len(hosts):
+        yield Complaint(("hardware", "host"), "names a machine twice", "Delete one of the two")
+    elif hardware.nodes > len(hosts):
+        hint = "Name as many machines as the run has nodes: `host: [first, second]`"
+        yield Complaint(("hardware", "nodes"), f"is {hardware.nodes}, but host names {len(hosts)}", hint)
 
 
 def _lambda_key(hardware: LambdaHardware) -> Iterator[Complaint]:
@@ -205,4 +217,4 @@ def _push(spec: RunSpec) -> Iterator[Complaint]:
         yield Complaint(("checkpoint", "push"), f"{push!r} is no S3 prefix", "Write s3://bucket/prefix")
 
 
-_RULES = (_trainer, _batch, _rented, _gpus, _data, _vocabulary, _evaluate, _node, _push)
+_RULES = (_trainer, _batch, _rented, _hosts, _gpus, _data, _vocabulary, _evaluate, _node, _push)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.actions import logs
 from orchestrator.clock import Clock
 from orchestrator.driver.loop import driver_alive, spawn
 from runs.rows import LIVE
@@ -59,68 +60,24 @@ class Note:
 Heard = Log | Happened | Row | Note
 
 
-class LogFile:
-    """The mirrored log, read onwards from a position."""
-
-    def __init__(self, path: Path, lines: int | None = None) -> None:
-        """From the start, or from the last `lines` lines."""
-        self.path = path
-        self.offset = 0 if lines is None else _last_lines(path, lines)
-
-    def read(self, limit: int = 1 << 20) -> bytes:
-        """What was added since, at most `limit` bytes."""
-        try:
-            with self.path.open("rb") as file:
-                file.seek(self.offset)
-                data = file.read(limit)
-        except FileNotFoundError:
-            return b""
-        self.offset += len(data)
-        return data
-
-
-def _last_lines(path: Path, lines: int, block: int = 1 << 16) -> int:
-    """The offset at which the last `lines` lines begin."""
-    try:
-        position = path.stat().st_size
-    except FileNotFoundError:
-        return 0
-    if lines <= 0:
-        return position
-    found = 0
-    with path.open("rb") as file:
-        end = position
-        while position > 0:
-            step = min(block, position)
-            position -= step
-            file.seek(position)
-            data = file.read(step)
-            for index in range(len(data) - 1, -1, -1):
-                # The newline that ends the file ends its last line; it does not begin another.
-                if data[index] == 0x0A and position + index != end - 1:
-                    found += 1
-                    if found == lines:
-                        return position + index + 1
-    return 0
-
-
 def follow(
     home: Path,
     run: str,
     clock: Clock,
     *,
     lines: int | None = None,
+    ranks: int | None = 0,
     revive: bool = True,
     stop: threading.Event | None = None,
     keep_going: Callable[[dict[str, Any]], bool] | None = None,
 ) -> Iterator[Heard]:
     """What happens to `run`, until it has ended and its log is drained, or `keep_going(row)` says no.
 
-    With `revive`, a live run without a driver gets one. Ends early, after a Note, when a termination stays unconfirmed.
+    `ranks`: see `logs.open_log`. With `revive`, a live run without a driver gets one. Ends early, after a Note, when a termination stays unconfirmed.
     """
     store, stop = Store(home), stop or threading.Event()
     directory = run_dir(home, run)
-    log = LogFile(directory / "train.log", lines)
+    log = logs.open_log(store, run, lines, ranks)
     seq, shown, starts = 0, None, Starts(home, run, clock)
     unconfirmed_since: float | None = None
     try:

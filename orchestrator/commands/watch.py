@@ -25,7 +25,15 @@ PANEL = "Watch"
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     add(app, PANEL, "status", status, "llmctl status", "llmctl status --watch", "llmctl status -o json")
-    add(app, PANEL, "tail", tail, "llmctl tail", "llmctl tail RUN --lines 50 --no-follow")
+    add(
+        app,
+        PANEL,
+        "tail",
+        tail,
+        "llmctl tail",
+        "llmctl tail RUN --lines 50 --no-follow",
+        "llmctl tail RUN --ranks all",
+    )
     add(app, PANEL, "show", show, "llmctl show", "llmctl show RUN --json | jq .cost_usd")
 
 
@@ -71,10 +79,20 @@ def tail(
             "--lines", "-n", min=0, metavar="N", help="Begin with the last N lines.", show_default=False
         ),
     ] = None,
+    ranks: Annotated[
+        str,
+        typer.Option(
+            "--ranks", metavar="all|N", help="Of several nodes: the log of that process, or of all."
+        ),
+    ] = "0",
     as_json: Json = False,
     output: Output = Form.TEXT,
 ) -> int:
     """Print a run's log from its start, then follow it. With --json: the lines of metrics.jsonl."""
+    if ranks != "all" and not ranks.isdecimal():
+        raise typer.BadParameter(
+            f"{ranks!r} is neither `all` nor the number of a process", param_hint="--ranks"
+        )
     from orchestrator.clock import SystemClock
     from orchestrator.following import tailing
 
@@ -82,7 +100,8 @@ def tail(
     chosen = find_run(store, run)
     if machine(as_json, output):
         return tailing.metrics(store.home, chosen, SystemClock(), lines=lines, following=follow)
-    return tailing.log(store.home, chosen, SystemClock(), lines=lines, following=follow)
+    rank = None if ranks == "all" else int(ranks)
+    return tailing.log(store.home, chosen, SystemClock(), lines=lines, following=follow, ranks=rank)
 
 
 def show(run: AnyRun = None, *, as_json: Json = False, output: Output = Form.TEXT) -> None:

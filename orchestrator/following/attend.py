@@ -18,7 +18,7 @@ from runs.store import Store
 
 
 def attend(
-    home: Path, run: str, clock: Clock, screen: Screen, *, lines: int | None = None, cancels: bool = False,
+    home: Path, run: str, clock: Clock, screen: Screen, *, lines: int | None = None, ranks: int | None = 0, cancels: bool = False,
     keep_going: Callable[[dict[str, Any]], bool] | None = None,
 ) -> int:  # fmt: skip
     """Follow `run` until it is over; the exit code of what it came to.
@@ -27,7 +27,7 @@ def attend(
     long as nothing was rented, and returns 130.
     """
     try:
-        screen.play(follow.follow(home, run, clock, lines=lines, keep_going=keep_going))
+        screen.play(follow.follow(home, run, clock, lines=lines, ranks=ranks, keep_going=keep_going))
     except KeyboardInterrupt:
         return _interrupted(home, run, clock, cancels=cancels)
     store = Store(home)

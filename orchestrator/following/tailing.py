@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from orchestrator import exits
-from orchestrator.actions import follow
+from orchestrator.actions import follow, logs
 from orchestrator.clock import Clock
 from orchestrator.figures import sane
 from orchestrator.following import attend
@@ -16,28 +16,29 @@ from runs.rows import LIVE
 from runs.store import Store, run_dir
 
 
-def log(home: Path, run: str, clock: Clock, *, lines: int | None, following: bool) -> int:
-    """Print train.log, sanitised. Follows a live run to its end (Ctrl-C: 101); of one that is over prints what there is."""
-    if following:
-        store = Store(home)
-        try:
-            row = store.summary(run)
-        finally:
-            store.close()
-        if row is not None and row["state"] in LIVE:
-            return attend.attend(home, run, clock, Screen(events=False), lines=lines)
-    whole_file(follow.LogFile(run_dir(home, run) / "train.log", lines))
+def log(
+    home: Path, run: str, clock: Clock, *, lines: int | None, following: bool, ranks: int | None = 0
+) -> int:
+    """Print train.log, sanitised; of one rank, or of all (None). Follows a live run to its end (Ctrl-C: 101); of one that is over prints what there is."""
+    store = Store(home)
+    try:
+        row = store.summary(run)
+        if following and row is not None and row["state"] in LIVE:
+            return attend.attend(home, run, clock, Screen(events=False), lines=lines, ranks=ranks)
+        whole_file(logs.open_log(store, run, lines, ranks))
+    finally:
+        store.close()
     return exits.OK
 
 
-def whole_file(file: follow.LogFile) -> None:
+def whole_file(file: logs.Log) -> None:
     """Print what a log holds now, in whole lines, with bounded memory."""
     for line in _lines(file):
         sys.stdout.write(sane(line.decode("utf-8", "replace")) + "\n")
     sys.stdout.flush()
 
 
-def _lines(file: follow.LogFile) -> Iterator[bytes]:
+def _lines(file: logs.Log) -> Iterator[bytes]:
     """The whole blocks of lines that were added to `file`; at last a line that has no end yet."""
     rest = b""
     while data := file.read():
@@ -50,7 +51,7 @@ def _lines(file: follow.LogFile) -> Iterator[bytes]:
 
 def metrics(home: Path, run: str, clock: Clock, *, lines: int | None, following: bool) -> int:
     """Print metrics.jsonl as it is, line by line, each once."""
-    file = follow.LogFile(run_dir(home, run) / "metrics.jsonl", lines)
+    file = logs.LogFile(run_dir(home, run) / "metrics.jsonl", lines)
     printed = MetricLines(file)
     printed.print()
     if not following:
@@ -67,7 +68,7 @@ def metrics(home: Path, run: str, clock: Clock, *, lines: int | None, following:
 class MetricLines:
     """The whole lines of a growing file, each printed once."""
 
-    def __init__(self, file: follow.LogFile) -> None:
+    def __init__(self, file: logs.LogFile) -> None:
         self._file, self._rest = file, b""
 
     def print(self) -> bool:
