@@ -17,7 +17,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,27 +106,36 @@ def processes(directory: Path) -> list[str]:
 
 
 @contextmanager
-def real_sshd(folder: Path) -> Iterator[Node]:
-    """OpenSSH's sshd on loopback, its user's home moved below `folder`."""
+def real_sshd(
+    folder: Path,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    prefix: Sequence[str] = (),
+    client: Path | None = None,
+) -> Iterator[Node]:
+    """OpenSSH's sshd, its user's home moved below `folder`; on loopback and any port unless said otherwise. `prefix`: a
+    command that runs it elsewhere; `client`: the key that may log in, instead of one of its own."""
     binary = shutil.which("sshd", path="/usr/sbin:/usr/local/sbin:/usr/bin:/opt/homebrew/sbin")
     if binary is None:
         pytest.skip("no sshd on this machine")
-    client, host, known = accounts(folder)
+    own, host_pair, known = accounts(folder)
+    client = client or own
     place, home = folder / "sshd", folder / "home"
     place.mkdir()
     home.mkdir()
-    keys.write_private(place / "host_key", host.private)
+    keys.write_private(place / "host_key", host_pair.private)
     (place / "authorized_keys").write_text(keys.public_key(client) + "\n")
     enter = place / "enter"
     enter.write_text(
         f'cd {home} && export HOME={home} PATH="{os.environ["PATH"]}" && exec sh -c "$SSH_ORIGINAL_COMMAND"\n'
     )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    if not port:
+        with socket.socket() as free:
+            free.bind((host, 0))
+            port = free.getsockname()[1]
     options = {
         "Port": port,
-        "ListenAddress": "127.0.0.1",
+        "ListenAddress": host,
         "HostKey": place / "host_key",
         "AuthorizedKeysFile": place / "authorized_keys",
         "PidFile": place / "pid",
@@ -140,11 +149,11 @@ def real_sshd(folder: Path) -> Iterator[Node]:
     if os.geteuid() == 0:
         Path("/run/sshd").mkdir(exist_ok=True)
     with (place / "log").open("wb") as log:
-        server = subprocess.Popen([binary, "-D", "-e", "-f", str(place / "conf")], stderr=log)
+        server = subprocess.Popen([*prefix, binary, "-D", "-e", "-f", str(place / "conf")], stderr=log)
     try:
-        address = Address("127.0.0.1", port, getpass.getuser(), client, known, KEY)
+        address = Address(host, port, getpass.getuser(), client, known, KEY)
         try:
-            until(lambda: server.poll() is None and answers(port), 10)
+            until(lambda: server.poll() is None and answers(port, host), 10)
         except TimeoutError:
             pytest.skip(f"sshd does not start here: {(place / 'log').read_text().strip()}")
         yield Node(address, home)
@@ -153,10 +162,10 @@ def real_sshd(folder: Path) -> Iterator[Node]:
         server.wait()
 
 
-def answers(port: int) -> bool:
+def answers(port: int, host: str = "127.0.0.1") -> bool:
     """Whether something listens."""
     try:
-        socket.create_connection(("127.0.0.1", port), 1).close()
+        socket.create_connection((host, port), 1).close()
     except OSError:
         return False
     return True

@@ -1,11 +1,11 @@
 """What the nodes of one run need of the network between them: which interface, and one node's shards for the others.
 
     python3 network.py interface --address A          {"interface": NAME} of the interface that has the address A
-    python3 network.py share --address A --directory D --note FILE
-                                                      serves D's files over HTTP at A, and writes {"url"} to FILE
+    python3 network.py share --address A --directory D
+                                                      serves D's files over HTTP at A, and says {"url"}
 
 `share` listens on that one address, on any free port, below a path that nobody can guess; it serves single files with
-ranges (what `pull.py` asks for), never a list, and ends when nobody has asked for anything for ten minutes.
+ranges (what `pull.py` asks for), never a list, and ends when its standard input does: with the connection that started it.
 Standard library only.
 """
 
@@ -17,16 +17,13 @@ import json
 import os
 import re
 import secrets
-import shutil
 import socket
 import struct
 import sys
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-IDLE_SECONDS = 600.0
 SIOCGIFADDR = 0x8915
 """Linux: the IPv4 address of an interface (netdevice(7))."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -55,22 +52,12 @@ class Share(ThreadingHTTPServer):
     def __init__(self, address: str, directory: Path) -> None:
         super().__init__((address, 0), _Handler)
         self.directory, self.secret = directory, secrets.token_urlsafe(32)
-        self.asked_at = time.monotonic()
-        self.busy = 0
 
     @property
     def url(self) -> str:
         """What names of files are appended to."""
         host, port = self.server_address[:2]
         return f"http://{host!s}:{port}/{self.secret}/"
-
-    def until_idle(self, seconds: float = IDLE_SECONDS) -> None:
-        """Serve, until nobody has asked for anything for that long."""
-        thread = threading.Thread(target=self.serve_forever, daemon=True)
-        thread.start()
-        while self.busy or time.monotonic() - self.asked_at < seconds:
-            time.sleep(min(5.0, seconds / 4))
-        self.shutdown()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -81,7 +68,6 @@ class _Handler(BaseHTTPRequestHandler):
         """One file, or a range of it."""
         share = self.server
         assert isinstance(share, Share)
-        share.asked_at = time.monotonic()
         _, _, rest = self.path.partition("/")
         secret, _, name = rest.partition("/")
         path = share.directory / name
@@ -92,31 +78,26 @@ class _Handler(BaseHTTPRequestHandler):
         ):
             self.send_error(404)
             return
-        share.busy += 1
-        try:
-            with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                found = _RANGE.fullmatch(self.headers.get("Range", ""))
-                start = int(found[1]) if found else 0
-                end = min(size, int(found[2]) + 1) if found and found[2] else size
-                if start >= max(end, 1):
-                    self.send_error(416)
-                    return
-                self.send_response(206 if found else 200)
-                if found:
-                    self.send_header("Content-Range", f"bytes {start}-{end - 1}/{size}")
-                self.send_header("Content-Length", str(end - start))
-                self.send_header("Accept-Ranges", "bytes")
-                self.send_header("ETag", f'"{name}-{size}"')
-                self.end_headers()
-                file.seek(start)
-                left = end - start
-                while left and (block := file.read(min(left, 1 << 18))):
-                    self.wfile.write(block)
-                    left -= len(block)
-        finally:
-            share.busy -= 1
-            share.asked_at = time.monotonic()
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            found = _RANGE.fullmatch(self.headers.get("Range", ""))
+            start = int(found[1]) if found else 0
+            end = min(size, int(found[2]) + 1) if found and found[2] else size
+            if start >= max(end, 1):
+                self.send_error(416)
+                return
+            self.send_response(206 if found else 200)
+            if found:
+                self.send_header("Content-Range", f"bytes {start}-{end - 1}/{size}")
+            self.send_header("Content-Length", str(end - start))
+            self.send_header("Accept-Ranges", "bytes")
+            self.send_header("ETag", f'"{name}-{size}"')
+            self.end_headers()
+            file.seek(start)
+            left = end - start
+            while left and (block := file.read(min(left, 1 << 18))):
+                self.wfile.write(block)
+                left -= len(block)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's word
         """Say nothing: the path is a secret."""
@@ -130,19 +111,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("command", choices=["interface", "share"])
     parser.add_argument("--address", required=True)
     parser.add_argument("--directory", type=Path)
-    parser.add_argument("--note", type=Path)
     options = parser.parse_args(argv)
     if options.command == "interface":
         sys.stdout.write(json.dumps({"interface": interface_of(options.address)}) + "\n")
         return 0
     share = Share(options.address, options.directory)
-    temporary = options.note.with_suffix(".new")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        json.dump({"url": share.url, "pid": os.getpid()}, file)
-    shutil.move(temporary, options.note)
-    share.until_idle()
-    options.note.unlink(missing_ok=True)
+    threading.Thread(target=share.serve_forever, daemon=True).start()
+    sys.stdout.write(json.dumps({"url": share.url}) + "\n")
+    sys.stdout.flush()
+    while os.read(0, 4096):
+        pass
     return 0
 
 

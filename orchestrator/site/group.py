@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import queue
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from typing import Any
 
 import trainer
 from orchestrator.life.world import TrainerView
-from orchestrator.remote.connection import CommandFailed, CommandTimeout, NoSuchFile, RemoteError
+from orchestrator.remote.connection import CommandFailed, CommandTimeout, RemoteError
 from orchestrator.remote.node import Remote
 from orchestrator.site.start import bare, directory, interface_env, rendezvous
 from runs.record import NodeRecord, RunRecord
@@ -27,7 +28,6 @@ from trainer.watchdog import REFUSALS
 
 ODD_SECONDS = 20.0
 """How long the first node may train on, or wait, after another one's trainer has ended for good."""
-SHARE_NOTE = "llmctl/share.json"
 
 
 class NoPrivateNetwork(Exception):
@@ -84,12 +84,15 @@ class Group:
         self._first = first
         self._sharing = threading.Lock()
         self._url: str | None = None
+        self._over = threading.Event()
+        """Nobody needs the first node's shards any more."""
         self._closed = False
         node = next(item for item in run.attempt_nodes() if item.key == self.keys[0])
         self._share_at = node.private_ip
 
     def close(self) -> None:
         """The attempt is over: nobody waits any more."""
+        self._over.set()
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -98,6 +101,8 @@ class Group:
         """Take in the lanes (`KEY/NAME`) that are done, by this driver or an earlier one."""
         with self._changed:
             self._lanes |= set(lanes)
+            if all(f"{key}/data" in self._lanes for key in self.keys):
+                self._over.set()
             self._passed = self._passed or any(name.endswith("/network") for name in lanes)
             self._changed.notify_all()
 
@@ -178,7 +183,7 @@ class Group:
                 raise TimeoutError("the attempt is over")
         with self._sharing:
             if self._url is None and self._share_at:
-                self._url = _share(self._first, self._share_at)
+                self._url = _share(self._first, self._share_at, self._over)
             return self._url
 
     def forget_share(self) -> None:
@@ -192,24 +197,33 @@ def _last(results: Sequence[tuple[int, str, str]]) -> str:
     return lines[0][:300] if lines else ""
 
 
-def _share(remote: Remote, address: str) -> str | None:
-    """Start to share the shards of a node at its private address; the URL below which they are. None: it does not work."""
+def _share(remote: Remote, address: str, over: threading.Event) -> str | None:
+    """Share the shards of a node at its private address until `over`, or until the connection ends; the URL below which they
+    are. None: it does not work."""
+    told: queue.Queue[str | None] = queue.Queue()
+
+    def work() -> None:
+        argv = ["python3", "llmctl/network.py", "share", "--address", address, "--directory", "llmctl/data"]
+        heard = b""
+        try:
+            remote.write(
+                "~/llmctl/network.py", Path(trainer.__file__).with_name("network.py").read_bytes(), 0o644
+            )
+            with remote.session(argv) as session:
+                session.send(b"")
+                while not over.is_set() and (piece := session.receive(0.5)) is not None:
+                    heard += piece[0]
+                    if piece[0] and heard.endswith(b"\n"):
+                        told.put(str(json.loads(heard)["url"]))
+        except (RemoteError, ValueError, KeyError):
+            pass
+        told.put(None)
+
+    threading.Thread(target=work, name="share", daemon=True).start()
     try:
-        remote.write(
-            "~/llmctl/network.py", Path(trainer.__file__).with_name("network.py").read_bytes(), 0o644
-        )
-        remote.run(["rm", "-f", SHARE_NOTE])
-        argv = ["python3", "network.py", "share", "--address", address, "--directory", "data", "--note"]
-        remote.detach([*argv, SHARE_NOTE.rpartition("/")[2]], cwd="~/llmctl", log="share.log")
-        pause = threading.Event()
-        for _ in range(50):
-            try:
-                return str(json.loads(remote.read(f"~/{SHARE_NOTE}"))["url"])
-            except NoSuchFile:
-                pause.wait(0.1)
-    except (RemoteError, ValueError, KeyError):
+        return told.get(timeout=30)
+    except queue.Empty:
         return None
-    return None
 
 
 def interface(remote: Remote, address: str) -> str:

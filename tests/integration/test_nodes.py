@@ -1,0 +1,190 @@
+"""Several nodes in one run: the same losses as on one, and what happens when the network or a node fails."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import trainer
+from tests.cli import Cli, spec
+from tests.hosts import Host, three_hosts
+
+pytestmark = pytest.mark.slow
+
+IMPATIENT = """
+
+_job = Job.__init__
+
+
+def _impatient(self: Job, *words: object, **names: object) -> None:
+    _job(self, *words, **names)
+    object.__setattr__(self, "stall_floor_seconds", 5.0)
+    object.__setattr__(self, "gather_seconds", 10.0)
+
+
+Job.__init__ = _impatient
+"""
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Iterator[Cli]:
+    """A CLI with an empty home; nothing of it may be left running."""
+    cli = Cli(tmp_path / "home")
+    yield cli
+    left = cli.left()
+    cli.end()
+    assert left == []
+
+
+def losses(cli: Cli, run: str) -> list[float]:
+    """Of each step, in order, each once."""
+    lines = [line for line in cli.metrics(run) if line["kind"] == "step"]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+def test_two_nodes_of_two_processes_are_one_node_of_four(cli: Cli) -> None:
+    """The losses agree to rounding; the data leaves this machine once; the log tells ranks apart; each node has its charges."""
+    runs = []
+    for nodes, processes in ((1, 4), (2, 2)):
+        hardware = {"provider": "local", "usd_per_hour": 3.6, "nodes": nodes}
+        changes = {"train__processes_per_node": processes, "train__microbatch_size": 2, "train__steps": 12}
+        (cli.home / "run.yaml").write_text(spec(hardware=hardware, name=f"n{nodes}", **changes))
+        cli.run("launch", "run.yaml")
+        runs.append(f"n{nodes}")
+    one, two = (losses(cli, cli.show(run)["run"]) for run in runs)
+    assert len(one) == 12 and two == pytest.approx(one, rel=1e-6)
+    document = cli.show("n2")
+    first, second = document["attempts"][0]["nodes"]
+    lanes = {(item["key"], item["lane"]): item for item in document["events"] if item["kind"] == "LaneDone"}
+    assert lanes[second, "data"]["sent_bytes"] == 0
+    assert lanes[second, "first shards"]["detail"]["method"] == "node to node"
+    network = lanes[first, "network"]["detail"]
+    assert network["interface"] == "lo" and network["bus_bytes_per_second"] > 0
+    assert {charge["node"] for charge in document["charges"]} == {first, second}
+    assert document["cost_usd"] == pytest.approx(
+        sum(charge["usd"] for charge in document["charges"]), abs=1e-6
+    )
+    default = cli.run("tail", "n2", "--no-follow").stdout.splitlines()
+    assert any(line.startswith("step 12/12 | loss") for line in default)
+    everything = cli.run("tail", "n2", "--no-follow", "--ranks", "all").stdout.splitlines()
+    assert any(line.startswith("[rank 0] step 12/12 | loss") for line in everything)
+    assert "[node 1] [supervisor] ended: finished" in everything
+
+
+# ---------------------------------------------------------------- three hosts with addresses of their own
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[list[Host]]:
+    with three_hosts(tmp_path) as made:
+        yield made
+
+
+def launch(cli: Cli, hosts: list[Host], trainer_path: Path | None = None, **changes: Any) -> str:
+    """A run on two of the three hosts; returns once it has its id."""
+    first = hosts[0].node.address
+    hardware = {
+        "provider": "ssh",
+        "host": [host.address for host in hosts],
+        "port": first.port,
+        "user": first.user,
+        "identity_file": str(first.identity_file),
+        "usd_per_hour": 3.6,
+        "nodes": 2,
+    }
+    text = spec(hardware=hardware, trainer={"path": str(trainer_path) if trainer_path else None},
+                node={"python": sys.executable}, **changes)  # fmt: skip
+    (cli.home / "run.yaml").write_text(text)
+    cli.run("launch", "run.yaml", "--detach")
+    return cli.only()
+
+
+def impatient(folder: Path) -> Path:
+    """The trainer, with a supervisor that takes seconds for what takes it minutes otherwise."""
+    copy = folder / "mine" / "trainer"
+    shutil.copytree(Path(trainer.__file__).parent, copy)
+    with (copy / "watchdog.py").open("a", encoding="utf-8") as file:
+        file.write(IMPATIENT)
+    return copy
+
+
+def ended(cli: Cli, run: str, patience: float = 240) -> dict[str, Any]:
+    """The record of the run, once it is over."""
+    cli.run("tail", run, code=None, timeout=patience)
+    return cli.show(run)
+
+
+def quiet(cli: Cli, hosts: list[Host]) -> None:
+    """Nothing of the run is left on any host, and each is free again."""
+    cli.wait(lambda: not cli.processes(), 30)
+    cli.wait(lambda: not any(host.commands() for host in hosts), 20)  # what followed a file learns that nobody reads
+    assert list((cli.home / "nodes").glob("ssh-*.json")) == []
+
+
+def events(document: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+    return [item for item in document["events"] if item["kind"] == kind]
+
+
+def test_a_slow_network_is_refused_before_the_first_step(cli: Cli, hosts: list[Host]) -> None:
+    hosts[1].slow_down("20mbit")
+    run = launch(cli, hosts[:2], train__processes_per_node=1)
+    document = ended(cli, run)
+    assert document["state"] == "failed" and "at least 0.01 are expected" in document["reason"]
+    assert f"{hosts[0].address} (eth0)" in document["reason"]
+    assert events(document, "TrainerStarted") == []
+    quiet(cli, hosts)
+
+
+LONG = {
+    "train__steps": 500, "train__validate_every": 0, "train__processes_per_node": 1, "checkpoint": {"every_steps": 20},
+}  # fmt: skip
+
+
+def training(cli: Cli, run: str) -> None:
+    """Until a checkpoint of its steps is here."""
+    cli.wait(lambda: events(cli.show(run), "CheckpointVerified"))
+
+
+@pytest.mark.harness
+def test_a_dead_node_is_replaced(cli: Cli, hosts: list[Host], tmp_path: Path) -> None:
+    """The whole job goes on from the checkpoint, with the third host in the place of the dead one."""
+    run = launch(cli, hosts, impatient(tmp_path), **LONG)
+    training(cli, run)
+    hosts[1].die()
+    document = ended(cli, run)
+    assert document["state"] == "succeeded" and len(losses(cli, run)) == 500
+    assert [attempt["from_step"] > 0 for attempt in document["attempts"]] == [False, True]
+    assert [item["ip"] for item in events(document, "NodeObserved")][-1] == hosts[2].address
+    quiet(cli, hosts)
+
+
+@pytest.mark.harness
+def test_a_cut_between_the_nodes_ends_on_both(cli: Cli, hosts: list[Host], tmp_path: Path) -> None:
+    """Both nodes answer this machine and not each other: neither waits for the whole outage, and after it the run goes on."""
+    run = launch(cli, hosts[:2], impatient(tmp_path), **LONG)
+    training(cli, run)
+    hosts[0].cut(hosts[1])
+    cli.wait(lambda: events(cli.show(run), "TrainerEnded"), 150)
+    hosts[0].heal(hosts[1])
+    document = ended(cli, run)
+    assert events(document, "TrainerEnded")[0]["reason"] == "lost"
+    assert document["state"] == "succeeded" and len(losses(cli, run)) == 500
+    quiet(cli, hosts)
+
+
+@pytest.mark.harness
+def test_stop_ends_all_nodes(cli: Cli, hosts: list[Host]) -> None:
+    """With the last checkpoint brought home, and nothing left anywhere."""
+    run = launch(cli, hosts[:2], **{**LONG, "train__steps": 100_000})
+    training(cli, run)
+    cli.run("stop", run)
+    document = cli.show(run)
+    assert (document["state"], document["reason"]) == ("stopped", "user")
+    assert max(document["checkpoints"], key=lambda item: item["step"])["fetched"]
+    quiet(cli, hosts)
