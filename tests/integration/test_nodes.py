@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,25 +9,10 @@ from typing import Any
 
 import pytest
 
-import trainer
 from tests.cli import Cli, spec
 from tests.hosts import Host, three_hosts
 
 pytestmark = pytest.mark.slow
-
-IMPATIENT = """
-
-_job = Job.__init__
-
-
-def _impatient(self: Job, *words: object, **names: object) -> None:
-    _job(self, *words, **names)
-    object.__setattr__(self, "stall_floor_seconds", 5.0)
-    object.__setattr__(self, "gather_seconds", 10.0)
-
-
-Job.__init__ = _impatient
-"""
 
 
 @pytest.fixture
@@ -105,15 +89,6 @@ def launch(cli: Cli, hosts: list[Host], trainer_path: Path | None = None, **chan
     return cli.only()
 
 
-def impatient(folder: Path) -> Path:
-    """The trainer, with a supervisor that takes seconds for what takes it minutes otherwise."""
-    copy = folder / "mine" / "trainer"
-    shutil.copytree(Path(trainer.__file__).parent, copy)
-    with (copy / "watchdog.py").open("a", encoding="utf-8") as file:
-        file.write(IMPATIENT)
-    return copy
-
-
 def ended(cli: Cli, run: str, patience: float = 240) -> dict[str, Any]:
     """The record of the run, once it is over."""
     cli.run("tail", run, code=None, timeout=patience)
@@ -123,7 +98,9 @@ def ended(cli: Cli, run: str, patience: float = 240) -> dict[str, Any]:
 def quiet(cli: Cli, hosts: list[Host]) -> None:
     """Nothing of the run is left on any host, and each is free again."""
     cli.wait(lambda: not cli.processes(), 30)
-    cli.wait(lambda: not any(host.commands() for host in hosts), 20)  # what followed a file learns that nobody reads
+    cli.wait(
+        lambda: not any(host.commands() for host in hosts), 20
+    )  # what followed a file learns that nobody reads
     assert list((cli.home / "nodes").glob("ssh-*.json")) == []
 
 
@@ -138,53 +115,4 @@ def test_a_slow_network_is_refused_before_the_first_step(cli: Cli, hosts: list[H
     assert document["state"] == "failed" and "at least 0.01 are expected" in document["reason"]
     assert f"{hosts[0].address} (eth0)" in document["reason"]
     assert events(document, "TrainerStarted") == []
-    quiet(cli, hosts)
-
-
-LONG = {
-    "train__steps": 500, "train__validate_every": 0, "train__processes_per_node": 1, "checkpoint": {"every_steps": 20},
-}  # fmt: skip
-
-
-def training(cli: Cli, run: str) -> None:
-    """Until a checkpoint of its steps is here."""
-    cli.wait(lambda: events(cli.show(run), "CheckpointVerified"))
-
-
-@pytest.mark.harness
-def test_a_dead_node_is_replaced(cli: Cli, hosts: list[Host], tmp_path: Path) -> None:
-    """The whole job goes on from the checkpoint, with the third host in the place of the dead one."""
-    run = launch(cli, hosts, impatient(tmp_path), **LONG)
-    training(cli, run)
-    hosts[1].die()
-    document = ended(cli, run)
-    assert document["state"] == "succeeded" and len(losses(cli, run)) == 500
-    assert [attempt["from_step"] > 0 for attempt in document["attempts"]] == [False, True]
-    assert [item["ip"] for item in events(document, "NodeObserved")][-1] == hosts[2].address
-    quiet(cli, hosts)
-
-
-@pytest.mark.harness
-def test_a_cut_between_the_nodes_ends_on_both(cli: Cli, hosts: list[Host], tmp_path: Path) -> None:
-    """Both nodes answer this machine and not each other: neither waits for the whole outage, and after it the run goes on."""
-    run = launch(cli, hosts[:2], impatient(tmp_path), **LONG)
-    training(cli, run)
-    hosts[0].cut(hosts[1])
-    cli.wait(lambda: events(cli.show(run), "TrainerEnded"), 150)
-    hosts[0].heal(hosts[1])
-    document = ended(cli, run)
-    assert events(document, "TrainerEnded")[0]["reason"] == "lost"
-    assert document["state"] == "succeeded" and len(losses(cli, run)) == 500
-    quiet(cli, hosts)
-
-
-@pytest.mark.harness
-def test_stop_ends_all_nodes(cli: Cli, hosts: list[Host]) -> None:
-    """With the last checkpoint brought home, and nothing left anywhere."""
-    run = launch(cli, hosts[:2], **{**LONG, "train__steps": 100_000})
-    training(cli, run)
-    cli.run("stop", run)
-    document = cli.show(run)
-    assert (document["state"], document["reason"]) == ("stopped", "user")
-    assert max(document["checkpoints"], key=lambda item: item["step"])["fetched"]
     quiet(cli, hosts)
