@@ -31,6 +31,9 @@ def stop(store: Store, run: RunRecord, clock: Clock, *, now: bool, as_json: bool
         watch = requests.taker(store.home, run.run, clock) if now else None
         code = attend.attend(store.home, run.run, clock, Screen(log=False), keep_going=watch)
     after = store.record(run.run) or run
+    for node in after.nodes:
+        if node.run != run.run and not node.settled:
+            sys.stderr.write(f"{node.key} serves {node.run} now: `llmctl stop {node.run}` ends it\n")
     result = _ended(after) if over or code not in {exits.UNFINISHED, exits.MAY_BILL} else code
     if as_json:
         from orchestrator.actions import show

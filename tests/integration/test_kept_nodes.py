@@ -49,7 +49,7 @@ def test_a_second_run_takes_the_kept_node_over(cli: Cli) -> None:
     )
     cli.wait(lambda: cli.row(second)["nodes"])
     assert "busy" in cli.run("launch", "run.yaml", "--on", node["id"], code=5).stderr
-    cli.run("stop", first)  # it has nothing to stop any more
+    assert f"serves {second} now" in cli.run("stop", first).stderr, "it has nothing to stop any more"
     os.kill(cli.driver_pid(second), signal.SIGKILL)  # whoever follows starts another one
     launch.communicate(timeout=120)
     assert launch.returncode == 0

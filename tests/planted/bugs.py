@@ -22,6 +22,7 @@ LIFE, EFFECTS, VERDICT = (
 WORLD, TERMS = "orchestrator/life/world.py", "orchestrator/life/terms.py"
 FOLD, CHARGES, STORE, LOCK = "runs/fold.py", "runs/charges.py", "runs/store.py", "runs/lock.py"
 TEST_LIFE, TEST_EFFECTS = "tests/unit/test_life.py", "tests/unit/test_effects.py"
+TEST_CLAIMS = "tests/unit/test_claims.py"
 
 BUGS = (
     Bug(
@@ -46,6 +47,16 @@ BUGS = (
             ),
         ),
         ("simulation",),
+    ),
+    Bug(
+        "the driver of the run that kept a node goes on ending it",
+        ((STORE, "            if writer is not None and writer != node.run:\n", "            if False:\n"),),
+        ("tests/simulation/test_simulation.py::test_a_claim_at_every_place", TEST_CLAIMS),
+    ),
+    Bug(
+        "each run of a node pays from the node's first moment",
+        ((CHARGES, "        micro_usd=spent[turn + 1] - spent[turn],\n", "        micro_usd=spent[turn + 1],\n"),),
+        ("simulation", TEST_CLAIMS),
     ),
     Bug(
         "an accepted termination is taken for the end",
