@@ -14,6 +14,9 @@ from torch import Tensor
 
 from trainer import flops
 
+ROWS_IN_CACHE = 32
+"""Rows of logits that a CPU takes through the softmax at a time: 6 MB of a vocabulary of 50,257."""
+
 
 def softcap_(logits: Tensor, softcap: float | None) -> Tensor:
     """c·tanh(x/c), or x without a cap."""
@@ -28,39 +31,59 @@ def _chunk_loss(logits_nv: Tensor, targets_n: Tensor, vocab_size: int, softcap: 
     return torch.where(targets_n >= 0, losses, 0.0).sum()
 
 
-def _chunk_slope_(
-    logits_nv: Tensor, targets_n: Tensor, vocab_size: int, softcap: float | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of a chunk's losses, and the gradient by the logits in two factors: one overwrites `logits_nv`, the other is
-    one number a row. So the softmax is never divided by its sum, which saves a pass over the logits.
+def _chunk_top(
+    logits_nv: Tensor, targets_n: Tensor, vocab_size: int, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """The largest logit of each row and that of its target, (n, 1) each. The cap is monotonous, so it comes after."""
+    raw = logits_nv[:, :vocab_size]
+    top_n1, picked_n1 = raw.amax(dim=1, keepdim=True), raw.gather(1, targets_n.clamp(min=0)[:, None])
+    return softcap_(top_n1.float(), softcap), softcap_(picked_n1.float(), softcap)
 
-    With E = exp(x − max) and S = ΣE the gradient is scale/S · (E − S·[target]). Returns the loss, the row factors
-    scale/S (0 without a target), and E − S at the targets, which `_slope_` puts in place.
-    """
-    target_n1 = targets_n.clamp(min=0)[:, None]
+
+def _chunk_exponentials_(
+    logits_nv: Tensor, top_n1: Tensor, vocab_size: int, softcap: float | None
+) -> Tensor:
+    """`logits_nv` becomes E = exp(logit − top), times the cap's derivative; returns the rows' ΣE, (n, 1)."""
     wide = softcap_(logits_nv[:, :vocab_size].float(), softcap)
-    picked_n1 = wide.gather(1, target_n1)
-    top_n1 = wide.amax(dim=1, keepdim=True)
     exponentials = torch.exp(wide - top_n1)
-    total_n1 = exponentials.sum(dim=1, keepdim=True)
+    slope = exponentials if softcap is None else exponentials * (1 - (wide / softcap).square())
+    logits_nv[:, :vocab_size] = slope.to(logits_nv.dtype)
+    return exponentials.sum(dim=1, keepdim=True)
+
+
+def _chunk_factors(
+    top_n1: Tensor, picked_n1: Tensor, total_n1: Tensor, targets_n: Tensor, softcap: float | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Sum of the chunk's losses, the row factors scale/S (0 without a target), and E − S at the targets."""
     counted_n1 = (targets_n >= 0)[:, None]
     loss = torch.where(counted_n1, total_n1.log() + top_n1 - picked_n1, 0.0).sum()
     at_target_n1 = torch.exp(picked_n1 - top_n1) - total_n1
     if softcap is not None:  # the derivative of c·tanh(x/c) is 1 − tanh²
-        exponentials = exponentials * (1 - (wide / softcap).square())
         at_target_n1 = at_target_n1 * (1 - (picked_n1 / softcap).square())
-    logits_nv[:, :vocab_size] = exponentials.to(logits_nv.dtype)
-    return loss, torch.where(counted_n1, scale / total_n1, 0.0), at_target_n1.to(logits_nv.dtype)
+    return loss, torch.where(counted_n1, scale / total_n1, 0.0), at_target_n1
 
 
 def _slope_(
     logits_nv: Tensor, targets_n: Tensor, vocab_size: int, softcap: float | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Loss and row factors of a chunk; `logits_nv` becomes the rest of its gradient."""
-    loss, factor_n1, at_target_n1 = _fused(_chunk_slope_)(logits_nv, targets_n, vocab_size, softcap, scale)
-    # Outside the compiled part: within it, these few elements would cost a copy of everything.
+    """Sum of a chunk's losses, and the gradient by the logits in two factors: one overwrites `logits_nv`, the other,
+    returned, is one number a row. So the softmax is never divided by its sum, which saves a pass over the logits.
+
+    With E = exp(x − max) and S = ΣE the gradient is scale/S · (E − S·[target]).
+    """
+    # On a CPU a few rows at a time, so that the second look at them finds them in the cache.
+    rows = ROWS_IN_CACHE if logits_nv.device.type == "cpu" else logits_nv.shape[0]
+    tops, picked, totals = [], [], []
+    for some_nv, target_n in zip(logits_nv.split(rows), targets_n.split(rows), strict=True):
+        top_n1, picked_n1 = _fused(_chunk_top)(some_nv, target_n, vocab_size, softcap)
+        totals.append(_fused(_chunk_exponentials_)(some_nv, top_n1, vocab_size, softcap))
+        tops.append(top_n1)
+        picked.append(picked_n1)
+    sums = (torch.cat(parts) for parts in (tops, picked, totals))
+    loss, factor_n1, at_target_n1 = _fused(_chunk_factors)(*sums, targets_n, softcap, scale)
+    # Outside the compiled parts: within them, these few elements would cost a copy of everything.
     logits_nv[:, vocab_size:] = 0.0
-    logits_nv.scatter_(1, targets_n.clamp(min=0)[:, None], at_target_n1)
+    logits_nv.scatter_(1, targets_n.clamp(min=0)[:, None], at_target_n1.to(logits_nv.dtype))
     return loss, factor_n1
 
 
@@ -76,7 +99,7 @@ def use_compiled(wanted: bool) -> None:
     """Whether the chunks' arithmetic is compiled from now on."""
     _compiled.clear()
     if wanted:
-        for function in (_chunk_loss, _chunk_slope_):
+        for function in (_chunk_loss, _chunk_top, _chunk_exponentials_, _chunk_factors):
             _compiled[function] = torch.compile(function, dynamic=False)
 
 
