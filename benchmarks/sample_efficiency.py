@@ -85,11 +85,16 @@ def main() -> None:
             for rate in (2e-3, 4e-3, 8e-3):
                 out = folder / f"{corpus}-gpt2-{rate}"
                 found[rate] = final_loss(GPT2, data, steps=options.steps, learning_rate=rate, out=out)
-                print(f"{corpus}: gpt2 at {rate:g} after {options.steps} steps: {found[rate]:.4f}", flush=True)
+                print(
+                    f"{corpus}: gpt2 at {rate:g} after {options.steps} steps: {found[rate]:.4f}", flush=True
+                )
             out = folder / f"{corpus}-speedrun"
             loss = final_loss(SPEEDRUN, data, steps=options.steps // 2, learning_rate=4e-3, out=out)
             reached = "reaches" if loss <= min(found.values()) else "misses"
-            print(f"{corpus}: speedrun after {options.steps // 2} steps: {loss:.4f}, {reached} {min(found.values()):.4f}", flush=True)
+            print(
+                f"{corpus}: speedrun after {options.steps // 2} steps: {loss:.4f}, {reached} {min(found.values()):.4f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -40,9 +40,7 @@ def _chunk_top(
     return softcap_(top_n1.float(), softcap), softcap_(picked_n1.float(), softcap)
 
 
-def _chunk_exponentials_(
-    logits_nv: Tensor, top_n1: Tensor, vocab_size: int, softcap: float | None
-) -> Tensor:
+def _chunk_exponentials_(logits_nv: Tensor, top_n1: Tensor, vocab_size: int, softcap: float | None) -> Tensor:
     """`logits_nv` becomes E = exp(logit − top), times the cap's derivative; returns the rows' ΣE, (n, 1)."""
     wide = softcap_(logits_nv[:, :vocab_size].float(), softcap)
     exponentials = torch.exp(wide - top_n1)
@@ -51,7 +49,7 @@ def _chunk_exponentials_(
     return exponentials.sum(dim=1, keepdim=True)
 
 
-def _chunk_factors(
+def _chunk_factors(  # noqa: PLR0917  tensors by position, as the compiler likes them
     top_n1: Tensor, picked_n1: Tensor, total_n1: Tensor, targets_n: Tensor, softcap: float | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Sum of the chunk's losses, the row factors scale/S (0 without a target), and E − S at the targets."""
