@@ -72,7 +72,7 @@ def _slope_(
     # On a CPU a few rows at a time, so that the second look at them finds them in the cache.
     rows = ROWS_IN_CACHE if logits_nv.device.type == "cpu" else logits_nv.shape[0]
     tops, picked, totals = [], [], []
-    for some_nv, target_n in zip(logits_nv.split(rows), targets_n.split(rows), strict=True):
+    for some_nv, target_n in zip(torch.split(logits_nv, rows), torch.split(targets_n, rows), strict=True):
         top_n1, picked_n1 = _fused(_chunk_top)(some_nv, target_n, vocab_size, softcap)
         totals.append(_fused(_chunk_exponentials_)(some_nv, top_n1, vocab_size, softcap))
         tops.append(top_n1)
