@@ -16,6 +16,7 @@ import pytest
 
 from tests.cli import Cli, spec
 from tests.lambda_fixtures import Cloud, lambda_cloud_factory  # noqa: F401
+from tests.plain_trainer import plain_trainer
 
 pytestmark = pytest.mark.slow
 LAUNCH = "POST /api/v1/instance-operations/launch"
@@ -53,8 +54,9 @@ def lambda_spec(**changes: Any) -> str:
 
 
 def launch(cli: Cli, code: int, *args: str, timeout: float = 180, **changes: Any) -> str:
-    """`llmctl launch`, which must end with `code`; the run's id."""
-    (cli.home / "run.yaml").write_text(lambda_spec(**changes))
+    """`llmctl launch`, which must end with `code`; the run's id. What the trainer does is not the point, unless changes say so."""
+    usual = {"trainer": {"path": plain_trainer(cli.home)}}
+    (cli.home / "run.yaml").write_text(lambda_spec(**usual | changes))
     cli.run("launch", "run.yaml", "-y", *args, code=code, timeout=timeout)
     return cli.only()
 
@@ -77,7 +79,7 @@ def honest(cloud: Cloud, cli: Cli, run: str) -> None:
 def test_launch_with_default_settings_and_rate_limits(rented: Make) -> None:
     """Train, fetch, terminate; the bill is the server's own."""
     cloud, cli = rented()
-    run = launch(cli, 0)
+    run = launch(cli, 0, trainer={"path": None})
     assert cli.show(run)["state"] == "succeeded"
     assert len(launches(cloud)) == 1
     honest(cloud, cli, run)
@@ -183,7 +185,12 @@ def test_instance_dies(rented: Make, phase: str, how: str) -> None:
     """A lost node is replaced, and the run goes on from the last checkpoint that came home."""
     cloud, cli = rented(boot_seconds=10 if phase == "training" else 60)
     (cli.home / "run.yaml").write_text(
-        lambda_spec(train__steps=400, train__validate_every=100, checkpoint={"every_steps": 50})
+        lambda_spec(
+            train__steps=400,
+            train__validate_every=100,
+            checkpoint={"every_steps": 50},
+            trainer={"path": plain_trainer(cli.home)},
+        )
     )
     cli.run("launch", "run.yaml", "-y", "--detach")
     run = cli.only()
@@ -225,7 +232,7 @@ def test_terminate_that_lies_once(rented: Make) -> None:
 def test_terminate_that_never_works_is_exit_code_8(rented: Make) -> None:
     """Shown in red until it is settled; the driver goes on trying and succeeds when the provider relents."""
     cloud, cli = rented(terminate_lies=-1)
-    (cli.home / "run.yaml").write_text(lambda_spec(train__steps=20, train__validate_every=20))
+    (cli.home / "run.yaml").write_text(lambda_spec(trainer={"path": plain_trainer(cli.home)}))
     failed = cli.run("launch", "run.yaml", "-y", code=8)
     machine = cloud.machines()[0]["id"]
     assert machine in failed.stderr
