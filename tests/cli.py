@@ -18,10 +18,16 @@ LLMCTL = Path(sys.executable).parent / "llmctl"
 
 
 class Cli:
-    """`llmctl` with one LLMCTL_HOME and one environment."""
+    """`llmctl` with one LLMCTL_HOME and one environment. `cache`: a folder of shards that several homes share."""
 
-    def __init__(self, home: Path, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, home: Path, env: Mapping[str, str] | None = None, *, cache: Path | None = None
+    ) -> None:
         self.home = home
+        if cache is not None:
+            home.mkdir(parents=True, exist_ok=True)
+            cache.mkdir(parents=True, exist_ok=True)
+            (home / "cache").symlink_to(cache)
         keep = {
             name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR", "PYTHONPATH") if name in os.environ
         }

@@ -68,14 +68,12 @@ class Case:
         self.kind, self.seed, self.root = kind, seed, root
         self.home = root / "home"
         self.home.mkdir(parents=True)
-        cache.mkdir(parents=True, exist_ok=True)
-        (self.home / "cache").symlink_to(cache)  # the shards, tokenised once
         self.cloud = Cloud(root / "cloud", **{"pace": PACE, "boot_seconds": 10, **switches})
         self.tap = Tap(self.cloud.url, self.home)
         environment = self.cloud.environment(self.home)
         self.links = Links(Path(environment["LLMCTL_TEST_SSH_PORTS"]), root / "ports.json")
         environment |= {"LAMBDA_API_BASE_URL": self.tap.url, "LLMCTL_TEST_SSH_PORTS": str(self.links.file)}
-        self.cli = Cli(self.home, environment)
+        self.cli = Cli(self.home, environment, cache=cache)
         self.injected = 0
         self.run = ""
         self.shown = root / "shown"

@@ -19,6 +19,7 @@ import pytest
 
 from tests.aws_server import SECRET, AwsServer, aws_factory  # noqa: F401
 from tests.cli import Cli, spec
+from tests.plain_trainer import plain_trainer
 
 pytestmark = pytest.mark.slow
 Make = Callable[..., tuple[AwsServer, Cli]]
@@ -26,14 +27,18 @@ HARDWARE = {"provider": "ec2", "gpu": "A10G:1", "regions": ["us-east-1"]}
 
 
 @pytest.fixture
-def rented(aws_factory: Callable[..., AwsServer], tmp_path: Path) -> Iterator[Make]:  # noqa: F811
+def rented(
+    aws_factory: Callable[..., AwsServer],  # noqa: F811
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Make]:
     """Makes an account with real nodes, and a CLI that takes it for AWS."""
     clis: list[Cli] = []
 
     def make(**options: Any) -> tuple[AwsServer, Cli]:
         server = aws_factory(real_nodes=True, **options)
         home = tmp_path / f"cli{len(clis)}"
-        clis.append(Cli(home, server.environment(home)))
+        clis.append(Cli(home, server.environment(home), cache=tmp_path_factory.getbasetemp() / "shards"))
         return server, clis[-1]
 
     yield make
@@ -45,8 +50,12 @@ def rented(aws_factory: Callable[..., AwsServer], tmp_path: Path) -> Iterator[Ma
 
 def launch(cli: Cli, code: int, *args: str, **changes: Any) -> str:
     """`llmctl launch`, which must end with `code`; the run's id."""
-    wanted = {"hardware": HARDWARE, "budget": {"max_usd": 5, "max_hours": 1}, **changes}
-    (cli.home / "run.yaml").write_text(spec(**wanted))
+    usual = {
+        "trainer": {"path": plain_trainer(cli.home)},
+        "hardware": HARDWARE,
+        "budget": {"max_usd": 5, "max_hours": 1},
+    }
+    (cli.home / "run.yaml").write_text(spec(**usual | changes))
     cli.run("launch", "run.yaml", "-y", *args, code=code)
     return cli.only()
 
@@ -180,6 +189,7 @@ def test_instance_dies(rented: Make, phase: str) -> None:
             train__steps=300,
             train__validate_every=100,
             checkpoint={"every_steps": 50},
+            trainer={"path": plain_trainer(cli.home)},
         )
     )
     cli.run("launch", "run.yaml", "-y", "--detach")

@@ -17,14 +17,17 @@ from tests.integration.test_lambda_launch import (  # noqa: F401  fixtures
     launches,
     rented,
 )
+from tests.plain_trainer import plain_trainer
 
 pytestmark = pytest.mark.slow
 LONG = {"train__steps": 5000, "train__validate_every": 1000, "checkpoint": {"every_steps": 100}}
 
 
 def detached(cli, **changes) -> str:
-    """A run that trains and is not followed."""
-    (cli.home / "run.yaml").write_text(lambda_spec(**{**LONG, **changes}))
+    """A run that is not followed, some steps on its way."""
+    (cli.home / "run.yaml").write_text(
+        lambda_spec(**LONG, trainer={"path": plain_trainer(cli.home)}, **changes)
+    )
     cli.run("launch", "run.yaml", "-y", "--detach")
     run = cli.only()
     cli.wait(lambda: (cli.row(run)["step"] or 0) > 20)

@@ -30,14 +30,18 @@ def harness(*values: Any) -> Any:
 
 
 @pytest.fixture
-def rented(lambda_cloud_factory: Callable[..., Cloud], tmp_path: Path) -> Iterator[Make]:  # noqa: F811
+def rented(
+    lambda_cloud_factory: Callable[..., Cloud],  # noqa: F811
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Make]:
     """Makes a server with the given switches, and a CLI that takes it for Lambda."""
     clis: list[Cli] = []
 
     def make(**switches: Any) -> tuple[Cloud, Cli]:
         cloud = lambda_cloud_factory(**{"pace": 0.02, "boot_seconds": 10, **switches})
         home = tmp_path / f"home{len(clis)}"
-        clis.append(Cli(home, cloud.environment(home)))
+        clis.append(Cli(home, cloud.environment(home), cache=tmp_path_factory.getbasetemp() / "shards"))
         return cloud, clis[-1]
 
     yield make
@@ -145,14 +149,14 @@ def test_wait_for_capacity(rented: Make) -> None:
 def test_boot_that_never_ends(rented: Make) -> None:
     """Three nodes are tried, each is terminated, then the launch is given up."""
     cloud, cli = rented(boot_seconds=1e6)
-    launch(cli, 6, node={"boot_timeout": "4s"})
+    launch(cli, 6, node={"boot_timeout": "2s"})
     assert 1 <= len(launches(cloud)) <= 3
 
 
 def test_ssh_that_never_opens(rented: Make) -> None:
     """An active node that does not answer is ended, not abandoned."""
     cloud, cli = rented(ssh="never")
-    run = launch(cli, 6, node={"boot_timeout": "5s"})
+    run = launch(cli, 6, node={"boot_timeout": "3s"})
     assert 1 <= len(launches(cloud)) <= 3
     honest(cloud, cli, run)
 
