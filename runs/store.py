@@ -146,7 +146,8 @@ class Store(Rows):
     ) -> None:
         """Insert the events; leave the records that they make in `runs` and `nodes`. `author`: epoch and run of a driver."""
         from runs import events as e
-        from runs.fold import fold_node, fold_run
+        from runs.fold import fold_run
+        from runs.nodefold import fold_node
 
         epoch, writer = author
         for stream, event in changes:
@@ -236,7 +237,8 @@ class Store(Rows):
     def rebuild(self) -> None:
         """Make all rows anew from the events, which are the truth."""
         from runs import events as e
-        from runs.fold import fold_node, fold_run
+        from runs.fold import fold_run
+        from runs.nodefold import fold_node
 
         runs: dict[str, RunRecord] = {}
         nodes: dict[str, NodeRecord] = {}

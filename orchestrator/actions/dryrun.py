@@ -14,7 +14,8 @@ from orchestrator.life import world as w
 from orchestrator.life.effects import plain
 from orchestrator.life.rules import decide
 from runs import events as e
-from runs.fold import fold_all, fold_node
+from runs.fold import fold_all
+from runs.nodefold import fold_node
 from runs.record import view
 from runs.rows import MICRO
 from runs.store import Store, default_home

@@ -20,7 +20,8 @@ LIFE, EFFECTS, VERDICT = (
     "orchestrator/life/verdict.py",
 )
 WORLD, TERMS = "orchestrator/life/world.py", "orchestrator/life/terms.py"
-FOLD, CHARGES, STORE, LOCK = "runs/fold.py", "runs/charges.py", "runs/store.py", "runs/lock.py"
+FOLD, NODEFOLD, CHARGES = "runs/fold.py", "runs/nodefold.py", "runs/charges.py"
+STORE, LOCK = "runs/store.py", "runs/lock.py"
 TEST_LIFE, TEST_EFFECTS = "tests/unit/test_life.py", "tests/unit/test_effects.py"
 TEST_CLAIMS = "tests/unit/test_claims.py"
 
@@ -30,8 +31,8 @@ BUGS = (
         (
             (
                 EFFECTS,
-                "        request = self.request(run, marker, effect.offer)\n",
-                "        request = self.request(run, marker, effect.offer)\n        early = self.provider.launch(request)\n",
+                "        request = self.request(marker, effect.offer)\n",
+                "        request = self.request(marker, effect.offer)\n        early = self.provider.launch(request)\n",
             ),
             (EFFECTS, "            node_id = self.provider.launch(request)\n", "            node_id = early\n"),
         ),
@@ -175,7 +176,7 @@ BUGS = (
         "an acceptance that led to nothing ends the bill",
         (
             (
-                FOLD,
+                NODEFOLD,
                 'believed = node.terminate_accepted_at if node.status == "terminating" else None',
                 "believed = node.terminate_accepted_at",
             ),
@@ -187,8 +188,8 @@ BUGS = (
         (
             (
                 CHARGES,
-                "bill.micro_usd if index == len(pieces) - 1 else price(",
-                "price(",
+                "micro_usd=until - spent))",
+                "micro_usd=price((end - start).total_seconds(), rate)))",
             ),
         ),
         ("simulation", "tests/unit/test_charges.py"),

@@ -12,7 +12,7 @@ import pytest
 
 from .bugs import BUGS, Bug
 
-pytestmark = pytest.mark.harness
+harness = pytest.mark.harness
 ROOT = Path(__file__).parents[2]
 SCHEDULES = 500
 """Enough for every bug here; the whole suite runs 10,000."""
@@ -50,6 +50,14 @@ def _run(where: Path, test: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_every_bug_can_still_be_planted() -> None:
+    """Each edit names text that stands in its file exactly once, however the code moves on."""
+    for bug in BUGS:
+        for name, old, _ in bug.edits:
+            assert (ROOT / name).read_text(encoding="utf-8").count(old) == 1, f"{bug.name}: {name}: {old!r}"
+
+
+@harness
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name.replace(" ", "-"))
 def test_a_planted_bug_is_seen(bug: Bug, tmp_path: Path) -> None:
     """Red, by a broken rule or a failed assertion: not because nothing could be imported."""
@@ -62,6 +70,7 @@ def test_a_planted_bug_is_seen(bug: Bug, tmp_path: Path) -> None:
         assert ("one failed" if test == "simulation" else " failed") in result.stdout, told[-2000:]
 
 
+@harness
 def test_the_copy_is_what_is_tested_and_is_green(tmp_path: Path) -> None:
     """Without a bug the same runs pass, on the copy."""
     where = _copy(tmp_path)

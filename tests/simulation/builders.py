@@ -11,7 +11,8 @@ from orchestrator.life.rules import decide
 from provisioning.base import Traits
 from runs import events as e
 from runs.facts import Inventory, Marker, NodeFacts, NodeStatus, Offer, Tariff
-from runs.fold import fold_node, fold_run
+from runs.fold import fold_run
+from runs.nodefold import fold_node
 from runs.record import NodeRecord, RunRecord, view
 
 T0 = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from orchestrator.life import world as w
 from runs import charges
 from runs import events as e
-from runs.fold import fold_node, fold_run
+from runs.fold import fold_run
+from runs.nodefold import fold_node
 from runs.record import LATE, NodeRecord, RunRecord
 from runs.store import StaleEpoch, Store
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from runs import charges
 from runs import events as e
 from runs.facts import Tariff
-from runs.fold import FoldError, fold_node
+from runs.nodefold import FoldError, fold_node
 from runs.rows import cost_now
 from runs.store import NotYours, StaleEpoch, Store
 from runs.summary import summarise

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from runs import events as e
-from runs.fold import FoldError, fold_node, fold_run, join_intervals
+from runs.fold import fold_run, join_intervals
+from runs.nodefold import FoldError, fold_node
 from runs.record import RunRecord
 from tests.simulation.builders import KEY, RUN, Story, at, spec
 
@@ -23,7 +24,8 @@ def test_a_stream_begins_with_its_first_event_and_only_once() -> None:
 
 
 def test_every_event_has_a_fold() -> None:
-    from runs.fold import _NODE, _RUN
+    from runs.fold import _RUN
+    from runs.nodefold import _NODE
 
     runs = set(e.RunEvent.__args__[0].__args__) - {e.RunCreated}  # type: ignore[attr-defined]
     nodes = set(e.NodeEvent.__args__[0].__args__) - {e.LaunchIntended}  # type: ignore[attr-defined]

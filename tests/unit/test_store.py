@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from runs import events as e
-from runs.fold import FoldError
+from runs.nodefold import FoldError
 from runs.store import StaleEpoch, Store, StoreError
 from tests.simulation.builders import KEY, RUN, Story, at, spec
 
