@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
+from typing import Any
 
 NONE = "-"
 _CONTROL = re.compile(
@@ -72,6 +74,20 @@ def number(value: float | None, digits: int = 4) -> str:
 def percent(value: float | None) -> str:
     """`43.2%`."""
     return NONE if value is None else f"{value:.1%}"
+
+
+def gpu_figures(facts: Mapping[str, Any]) -> list[str]:
+    """What the GPUs do, the most wanted first: `GPU 97%`, `61.2 GiB`, `71 °C`, `640 W`. Without nvidia-smi's word on the
+    memory, the trainer's own peak. What is not known is left out."""
+    said = [f"GPU {facts['gpu_utilisation']:.0%}"] if facts.get("gpu_utilisation") is not None else []
+    memory = facts.get("gpu_memory_gib")
+    memory = facts.get("memory_gib") if memory is None else memory
+    said += [f"{memory:.1f} GiB"] if memory else []
+    return said + [
+        f"{facts[name]:.0f} {unit}"
+        for name, unit in (("gpu_celsius", "°C"), ("gpu_watts", "W"))
+        if facts.get(name) is not None
+    ]
 
 
 def sane(text: str) -> str:

@@ -15,6 +15,9 @@ from runs import charges
 from runs.record import NodeRecord, RunRecord
 from runs.rows import usd
 
+GPU_FIGURES = ("gpu_utilisation", "gpu_memory_gib", "gpu_celsius", "gpu_watts")
+"""Means over the GPUs of the first node and its trainer's last minute, as nvidia-smi tells them there."""
+
 
 def summarise(run: RunRecord, now: datetime | None = None) -> dict[str, Any]:
     """Plain JSON values of a run at `now` (the store: when its newest event was): identity, state, hardware, progress, money."""
@@ -57,6 +60,7 @@ def summarise(run: RunRecord, now: datetime | None = None) -> dict[str, Any]:
         "step_seconds": summary.get("step_seconds"),
         "mfu": summary.get("mfu"),
         "memory_gib": summary.get("memory_gib"),
+        **{name: summary.get(name) for name in GPU_FIGURES},
         "versions": summary.get("versions"),
         "seed": train.get("seed"),
         "max_usd": usd(run.max_micro_usd) if run.max_micro_usd is not None else None,

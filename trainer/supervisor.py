@@ -14,6 +14,7 @@ from typing import Any
 
 from trainer import processes
 from trainer.interruption import Interruption
+from trainer.utilisation import Utilisation
 from trainer.watchdog import (
     REFUSALS,
     Clock,
@@ -74,6 +75,7 @@ class Supervisor:
         self._deadline = Deadline(self.clock, job.deadline)
         self._progress = Progress(self.clock.boot(), {})
         self._interruption = Interruption() if job.watch_interruption else None
+        self._utilisation = Utilisation(job.env.get("CUDA_VISIBLE_DEVICES"))
         earlier = read_json(run / "supervisor.json")
         if earlier.get("token") != job.token:
             earlier = {}
@@ -85,7 +87,7 @@ class Supervisor:
             "starts": int(earlier.get("starts", 0)), "restarts": int(earlier.get("restarts", 0)),
             "crashes": int(earlier.get("crashes", 0)), "max_restarts": job.max_restarts,
             "reason": None, "detail": None, "exit_code": None, "step": None, "deadline": job.deadline,
-            "clock_jump_seconds": 0.0, "ended_at": None, "stacks": earlier.get("stacks"),
+            "clock_jump_seconds": 0.0, "ended_at": None, "stacks": earlier.get("stacks"), "gpu": {},
         }  # fmt: skip
 
     def supervise(self) -> int:
@@ -95,6 +97,7 @@ class Supervisor:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         if self._interruption is not None:
             self._interruption.start()
+        self._utilisation.start()
         while self.record["state"] != "ended":
             self.tick()
             if self._told_to_end:
@@ -102,6 +105,7 @@ class Supervisor:
                 say(f"told to end; a start with token {self.job.token} resumes")
                 return 0
             self.clock.sleep(TICK_SECONDS)
+        self._utilisation.close()
         if self._interruption is not None:
             self._interruption.close()
         return 1 if self.record["reason"] == "failed" else 0
@@ -323,7 +327,7 @@ class Supervisor:
     def _save(self, *, sync: bool = False) -> bool:
         """Write supervisor.json. A full disk is said once, and tried again at the next beat."""
         self.record.update(heartbeat=self.clock.wall(), step=self._status().get("step"), deadline=self._deadline.at,
-                           clock_jump_seconds=round(self._deadline.jump(), 1))  # fmt: skip
+                           gpu=self._utilisation.figures, clock_jump_seconds=round(self._deadline.jump(), 1))  # fmt: skip
         try:
             write_json(self.run / "supervisor.json", self.record, sync=sync)
         except OSError as error:

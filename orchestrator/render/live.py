@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from orchestrator.actions import follow
-from orchestrator.figures import count, dollars, duration, number, percent, sane
+from orchestrator.figures import count, dollars, duration, gpu_figures, number, percent, sane
 from orchestrator.render.text import width
 from runs import rows
 
@@ -114,6 +114,7 @@ def status_line(row: dict[str, Any], heartbeat: dict[str, Any] | None) -> str:
         parts.append(str(heartbeat["complaint"]))
     elif heartbeat and heartbeat.get("why") and shown["state"] != "training":
         parts.append(str(heartbeat["why"]))
+    parts += gpu_figures(row)
     parts.append(row["run"])
     return " | ".join(sane(str(part)).replace("\n", " ") for part in parts)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.figures import NONE, count, dollars, duration, number, percent, size
+from orchestrator.figures import NONE, count, dollars, duration, gpu_figures, number, percent, size
 from orchestrator.render import text as render
 from orchestrator.render.live import describe
 from orchestrator.render.models import hellaswag
@@ -65,9 +65,7 @@ def results(run: RunRecord) -> list[str]:
         said.append(f"{count(told['tokens_per_second'])} tokens/s")
     if told.get("mfu"):
         said.append(f"MFU {percent(told['mfu'])}")
-    if told.get("memory_gib"):
-        said.append(f"{told['memory_gib']:.1f} GiB")
-    return said
+    return said + gpu_figures(told)
 
 
 def money(run: RunRecord, now: datetime) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator import footer
 from orchestrator.actions import show
 from orchestrator.clock import Clock, SystemClock
-from orchestrator.figures import count, dollars, duration, number, percent, spark
+from orchestrator.figures import count, dollars, duration, gpu_figures, number, percent, spark
 from orchestrator.render import status as render_status
 from orchestrator.render import text as render
 from runs.rows import LIVE
@@ -110,8 +110,7 @@ def block(store: Store, row: dict[str, Any], room: int) -> str:
         left.append(f"{count(row['tokens_per_second'])} tok/s")
     if facts.get("mfu"):
         left.append(f"MFU {percent(facts['mfu'])}")
-    if facts.get("memory_gib"):
-        left.append(f"{facts['memory_gib']:.1f} GiB")
+    left += gpu_figures(facts)
     money = [dollars(row["cost_usd"])]
     if row["eta_seconds"] is not None:
         end = row["cost_usd"] + row["usd_per_hour"] * row["eta_seconds"] / 3600

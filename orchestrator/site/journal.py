@@ -7,7 +7,7 @@ later writing wins.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from orchestrator.remote.mirror import bases
 from runs import events as e
 from runs import metrics
 from runs.record import RunRecord
+from trainer.utilisation import NAMES
 
 
 class Journal:
@@ -72,8 +73,13 @@ class Journal:
             if known is None or known.announced != line["sha256"] or (again and not known.fetched):
                 yield line
 
-    def progress(self, run: RunRecord, now: datetime) -> e.ProgressSeen | None:
-        """What the record does not say yet, as an event; None where it says it all."""
+    def progress(
+        self, run: RunRecord, now: datetime, gpu: Mapping[str, float] | None = None
+    ) -> e.ProgressSeen | None:
+        """What the record does not say yet, as an event; None where it says it all.
+
+        `gpu`: what the first node's supervisor tells of its GPUs (`trainer.utilisation.NAMES`).
+        """
         if not self._offset:
             return None
         end = run.intervals[-1][2] if run.intervals else 0.0
@@ -83,6 +89,10 @@ class Journal:
             if item.end > end + 1e-6
         ]
         summary = self._state.summary()
+        if (
+            gpu is not None and summary.get("gpus") != 0
+        ):  # beside a trainer on the CPU, the GPUs' work is another's
+            summary |= {f"gpu_{name}": gpu.get(name) for name in NAMES}  # None: nvidia-smi tells it no more
         changed = {key: value for key, value in summary.items() if run.summary.get(key) != value}
         if not new and not changed:
             return None

@@ -293,7 +293,7 @@ class NodeSite:
         monotonic = self._clock.monotonic()
         if ending or run.attempt.trainer_end or monotonic - self._progress_at >= PROGRESS_SECONDS:
             self._progress_at = monotonic
-            progress = self._journal.progress(run, now)
+            progress = self._journal.progress(run, now, supervisor.get("gpu"))
             if progress is not None:
                 yield stream, progress
         if supervisor.get("restarts", 0) > run.attempt.restarts:

@@ -81,3 +81,22 @@ def test_the_same_checkpoint_made_again_is_announced_again(tmp_path: Path) -> No
     assert list(journal.checkpoints(record({1: 0.0, 2: 0.0}, here))) == [], (
         "what is here already is not pulled again"
     )
+
+
+def test_the_gpus_figures_of_the_supervisor_become_progress_once(tmp_path: Path) -> None:
+    """New figures are news, the same ones are not; beside a trainer on the CPU they are another's."""
+    for gpus, told in ((2, {"gpu_utilisation": 0.97, "gpu_watts": 640.0}), (0, {})):
+        raw = tmp_path / f"{gpus}.jsonl"
+        Mirror(raw, 1).append(
+            line("system", 0, 10.0, gpus=gpus, world_size=2) + line("step", 1, 11.0, loss=1.0)
+        )
+        journal, run = Journal(raw, tmp_path / f"{gpus}.folded.jsonl"), record({1: 0.0})
+        journal.read(run)
+        gpu = {"utilisation": 0.97, "watts": 640.0}
+        progress = journal.progress(run, datetime.now(UTC), gpu)
+        assert progress is not None
+        assert {k: v for k, v in progress.summary.items() if k in {"gpu_utilisation", "gpu_watts"}} == told
+        run.summary, run.intervals = progress.summary, progress.intervals
+        assert journal.progress(run, datetime.now(UTC), gpu) is None
+        hung = journal.progress(run, datetime.now(UTC), {})
+        assert (hung.summary if hung else {}) == dict.fromkeys(told)

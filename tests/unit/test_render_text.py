@@ -116,26 +116,33 @@ def test_the_bars_of_a_run_add_up_to_its_bill_and_show_the_lanes(tmp_path: Path)
     assert lane.seconds == pytest.approx(18)
 
 
+GPU = {"gpu_utilisation": 0.972, "gpu_memory_gib": 61.24, "gpu_celsius": 71.0, "gpu_watts": 640.2}
+
+
 @pytest.mark.parametrize("columns", [20, 60, 200])
 def test_a_status_line_fits_and_keeps_what_matters(tmp_path: Path, columns: int) -> None:
-    row = Seed(tmp_path).rented().trained(step=40).store.summary("demo-0001")
+    row = Seed(tmp_path).rented().trained(step=40, **GPU).store.summary("demo-0001")
     assert row is not None
     text = render_live.fit(render_live.status_line(row, None), columns)
     assert len(text) <= columns
     assert text.startswith("step 40/100")
     assert ("loss 2.5000 | $" in text) is (columns > 20)
-    assert ("demo-0001" in text) is (columns == 200)
+    assert ("demo-0001" in text) is ("GPU 97% | 61.2 GiB | 71 °C | 640 W" in text) is (columns == 200)
 
 
 @pytest.mark.parametrize("columns", [60, 200])
 def test_a_watched_run_fits(tmp_path: Path, columns: int) -> None:
     from orchestrator.actions import show
 
-    seed = Seed(tmp_path).rented().trained(step=40).logged()
+    seed = Seed(tmp_path).rented().trained(step=40, **GPU).logged()
     (row,) = show.status(seed.store)
     block = render_watch.block(seed.store, row, columns)
     assert max(len(line) for line in block.splitlines()) <= columns
     assert "40/100" in block and "loss █" in block
+    assert ("GPU 97%  61.2 GiB  71 °C  640 W" in block) is (columns == 200)
+    assert "GPU 97%" in render_show.results(seed.record) and "GPU" not in "".join(
+        render_show.results(seed.trained(gpu_utilisation=None).record)
+    )
 
 
 def test_every_event_can_be_told(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What the supervisor judges by, on a virtual clock."""
 
 import ast
+import json
 import math
 import os
 import signal
@@ -14,6 +15,7 @@ from trainer import processes
 from trainer.interruption import notice
 from trainer.supervise import take_lock
 from trainer.supervisor import Supervisor
+from trainer.utilisation import mean, parse
 from trainer.watchdog import (
     Clock,
     Deadline,
@@ -283,3 +285,41 @@ def test_the_node_side_is_standard_library_only_and_python_3_10():
     assert set(loaded.stdout.split()) <= {"__main__", "trainer"}
     for name in ("supervise", "supervisor", "watchdog", "processes", "interruption", "pull"):
         ast.parse((root / "trainer" / f"{name}.py").read_text(), feature_version=(3, 10))
+
+
+def test_what_nvidia_smi_tells_is_the_mean_of_the_gpus_that_tell_it():
+    assert parse("98, 61440, 70, 650.5\n100, 63488, 72, 649.5\n") == {
+        "utilisation": 0.99, "memory_gib": 61.0, "celsius": 71.0, "watts": 650.0}  # fmt: skip
+    assert parse("[N/A], 1024, 40, [Not Supported]\n80, 1024, 42, [N/A]\n") == {
+        "utilisation": 0.8, "memory_gib": 1.0, "celsius": 41.0}  # fmt: skip
+    assert parse("NVIDIA-SMI has failed because it couldn't communicate with the driver\n") == parse("") == {}
+    assert mean([{"utilisation": 1.0, "watts": 600.04}, {}, {"utilisation": 0.5}]) == {
+        "utilisation": 0.75,
+        "watts": 600.0,
+    }
+    assert mean([]) == {}
+
+
+def test_a_real_supervisor_tells_what_its_gpus_do(tmp_path):
+    """The trainer here waits for the figures in supervisor.json; a GPU that is not the trainer's is not asked for."""
+    tool = tmp_path / "bin/nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text('#!/bin/sh\necho "$*" > "$0.asked"\necho "96, 61440, 71, 640.25"\n')
+    tool.chmod(0o755)
+    wait = """
+import json, time
+while not json.load(open("supervisor.json"))["gpu"]:
+    time.sleep(0.02)
+json.dump({"state": "finished", "step": 1}, open("status.json", "w"))
+"""
+    job = {"token": "t", "argv": [sys.executable, "-c", wait], "env": {"CUDA_VISIBLE_DEVICES": "1"}}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    root = Path(__file__).resolve().parents[2]
+    env = {**os.environ, "PYTHONPATH": str(root), "PATH": f"{tool.parent}:{os.environ['PATH']}"}
+    command = [sys.executable, "-m", "trainer", "supervise", "start"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, timeout=60, check=False, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    told = read_json(tmp_path / "supervisor.json")
+    assert (told["state"], told["reason"]) == ("ended", "finished")
+    assert told["gpu"] == {"utilisation": 0.96, "memory_gib": 60.0, "celsius": 71.0, "watts": 640.2}
+    assert tool.with_name("nvidia-smi.asked").read_text().split()[-1] == "--id=1"
