@@ -125,7 +125,7 @@ class Wandb:
         section = run.spec["wandb"]
         self._mode, self._project = section["mode"], section["project"]
         self._directory, self._log = directory, log
-        self._on = self._mode != "disabled" and section["from"] == "driver"
+        self._on = self._mode != "disabled"
         self._sink = Sink("wandb", log) if self._on else None
         self._run: Any = None
         self._behind: str | None = None
@@ -212,11 +212,13 @@ class Wandb:
         self._sink.close(30)
 
     def _close(self, run: RunRecord) -> None:
+        if self._run is None:
+            return
+        import wandb
+
         from runs import compare
         from runs.summary import summarise
 
-        if self._run is None:
-            return
         row = summarise(run)
         (final,) = compare.rows([compare.entry(row, run.spec)])
         known = {key: final[key] for key in compare.COLUMNS if final[key] is not None}
@@ -224,6 +226,7 @@ class Wandb:
         self._run.log({"cost_usd": final["cost_usd"]}, step=self._sent["step"])
         self._run.summary.update({**known, "phases_usd": row["phases"]})
         self._run.finish()
+        wandb.teardown()  # `finish` comes back before the last lines are in the file; the end of its service does not
         if self._behind is not None:
             self._sync(self._behind)
 
