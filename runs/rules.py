@@ -217,4 +217,10 @@ def _push(spec: RunSpec) -> Iterator[Complaint]:
         yield Complaint(("checkpoint", "push"), f"{push!r} is no S3 prefix", "Write s3://bucket/prefix")
 
 
-_RULES = (_trainer, _batch, _rented, _hosts, _gpus, _data, _vocabulary, _evaluate, _node, _push)
+def _wandb(spec: RunSpec) -> Iterator[Complaint]:
+    if spec.wandb.from_ == "node":
+        hint = "Say `from: driver`: this machine writes, sends what it missed when it wakes up, and training never waits"
+        yield Complaint(("wandb", "from"), "cannot be node yet: nothing on a node writes to wandb", hint)
+
+
+_RULES = (_trainer, _batch, _rented, _hosts, _gpus, _data, _vocabulary, _evaluate, _node, _push, _wandb)

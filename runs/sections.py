@@ -73,7 +73,7 @@ class Wandb(Section):
     project: Annotated[str, Field(min_length=1)] = "llmctl"
     """Project that the run appears in."""
     from_: Annotated[Literal["driver", "node"], Field(alias="from")] = "driver"
-    """driver: this machine writes, no key on the node; node: goes on while this machine sleeps."""
+    """driver: this machine writes, no key on the node, and sends behind what it missed while it slept; node: refused, not there yet."""
 
 
 class Trainer(Section):

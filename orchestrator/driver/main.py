@@ -67,7 +67,7 @@ def build(
 ) -> tuple[NodeSite, Driver, tuple[Wandb, Notify]]:
     """Everything that drives one run."""
     home, run = Home(store.home, store.owner), record.run
-    spec = specs.from_dict(dict(record.spec), "the stored spec")
+    spec = stored_spec(record)
     hardware = {**record.spec["hardware"], "self_terminate": spec.node.self_terminate}
     provider = open_provider(record.provider, home, hardware)
     plan = plan_of(home.path, run, spec)
@@ -86,6 +86,13 @@ def build(
     return site, Driver(run, hands, list(sinks)), sinks
 
 
+def stored_spec(record: RunRecord) -> RunSpec:
+    """The run's spec. One with `wandb.from: node`, from before that was refused, is read as `driver`: its nodes bill, and
+    must not be left without a driver for that."""
+    wandb = {**record.spec.get("wandb", {}), "from": "driver"}
+    return specs.from_dict({**record.spec, "wandb": wandb}, "the stored spec")
+
+
 def plan_of(home: Path, run: str, spec: RunSpec) -> prepare.Plan:
     """What will be sent, from the spec: tokenised, hashed and listed before a node is rented."""
     objects = objects_for(spec.trainer_config())
@@ -93,13 +100,12 @@ def plan_of(home: Path, run: str, spec: RunSpec) -> prepare.Plan:
     if data is None:
         data = sources.resolve_spec(spec.trainer_config(), cache=home / "cache", objects=objects)
         sources.save_plan(data, run_dir(home, run) / "data.json")
-    names = [*spec.node.secrets, *(["WANDB_API_KEY"] if spec.wandb.from_ == "node" else [])]
     return prepare.Plan(
         home,
         data,
         spec.trainer_config(),
         prepare.trainer_path(spec.to_dict()),
-        prepare.secret_values(names),
+        prepare.secret_values(spec.node.secrets),
         objects,
     )
 

@@ -193,6 +193,7 @@ def test_an_unknown_key_gets_the_nearest_known_one(text: str, key: str, hint: st
         ("evaluate.test_sets=[5]", "evaluate.test_sets[0]", "must be a mapping or text, not 5"),
         ("evaluate.prompts=hello", "evaluate.prompts", "must be a list, not 'hello'"),
         ("wandb.from=laptop", "wandb.from", "must be one of driver, node, not 'laptop'"),
+        ("wandb.from=node", "wandb.from", "cannot be node yet: nothing on a node writes to wandb"),
         ("name=Big", "name", "must be 1 to 32 of a-z, 0-9 and -, not 'Big'"),
         ("name=" + "a" * 33, "name", "must be 1 to 32"),
     ],
@@ -269,11 +270,11 @@ def test_overrides_reach_lists_sections_and_null_and_the_last_one_wins() -> None
     spec = parse(
         LOCAL, "run.yaml",
         ["data.train.0=c.bin", "data.validation=[]", "node.env.OMP_NUM_THREADS=1", "checkpoint.every=null",
-         "train.seed=1", "train.seed=2", "notify=", "train.tokens=null", "train.steps=7", "wandb.from=node"],
+         "train.seed=1", "train.seed=2", "notify=", "train.tokens=null", "train.steps=7", "wandb.from=node", "wandb.from=driver"],
     )  # fmt: skip
     assert (spec.data.train, spec.data.validation) == (["c.bin"], [])
     assert spec.node.env == {"OMP_NUM_THREADS": "1"}
-    assert (spec.checkpoint.every, spec.train.seed, spec.steps, spec.wandb.from_) == (None, 2, 7, "node")
+    assert (spec.checkpoint.every, spec.train.seed, spec.steps, spec.wandb.from_) == (None, 2, 7, "driver")
     assert spec.notify is None  # nothing at all is null
 
 
