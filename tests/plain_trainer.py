@@ -132,7 +132,7 @@ if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
 '''
 KEPT = ("__init__", "config", "gpus", "interruption", "manifest", "preflight", "processes", "progress", "pull", "push", "supervise",
-        "supervisor", "watchdog")  # fmt: skip
+        "supervisor", "utilisation", "watchdog")  # fmt: skip
 """The modules of our trainer that need no torch and that the node's side of llmctl runs."""
 
 

@@ -283,7 +283,7 @@ def test_the_node_side_is_standard_library_only_and_python_3_10():
         [sys.executable, "-S", "-c", code], cwd=root, capture_output=True, text=True, check=True
     )
     assert set(loaded.stdout.split()) <= {"__main__", "trainer"}
-    for name in ("supervise", "supervisor", "watchdog", "processes", "interruption", "pull"):
+    for name in ("supervise", "supervisor", "watchdog", "processes", "interruption", "utilisation", "pull"):
         ast.parse((root / "trainer" / f"{name}.py").read_text(), feature_version=(3, 10))
 
 
