@@ -8,9 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 NONE = "-"
-_CONTROL = re.compile(
-    r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b.|[\x00-\x08\x0b-\x1f\x7f-\x9f]"
+_ESCAPES = re.compile(
+    r"\x1b\][^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)?"  # OSC: titles, links, clipboard
+    r"|\x1b[PX^_][^\x1b\x9c]*(?:\x1b\\|\x9c)?"  # DCS, SOS, PM, APC: strings for the terminal
+    r"|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]?"  # CSI: colours, cursor, modes
+    r"|\x1b[ -/]*[0-~]?"  # all other escapes
 )
+_CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 def dollars(value: float | None, of: float | None = None) -> str:
@@ -91,8 +95,13 @@ def gpu_figures(facts: Mapping[str, Any]) -> list[str]:
 
 
 def sane(text: str) -> str:
-    """`text` without escape sequences and control characters: what a node prints must not drive this terminal."""
-    return text if text.isprintable() else _CONTROL.sub("", text)
+    """`text` without anything that a terminal would obey, since what a node prints must not drive this one: escape sequences,
+    control characters but tab and line feed, and marks that reorder text. A carriage return becomes a line feed, so that
+    progress bars stay readable."""
+    if text.isprintable():
+        return text
+    text = _ESCAPES.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
+    return _CONTROLS.sub("", text)
 
 
 def spark(values: list[float], width: int) -> str:

@@ -38,12 +38,13 @@ def mean_loss(
     here: World,
     fewer: bool = False,
     stopped: Callable[[], bool] = lambda: False,
+    moved: Callable[[int], None] = lambda _: None,
 ) -> Loss | None:
     """Mean cross-entropy of `tokens` predictions from token `offset` of the shards on, in sequences of the model's
     context length at that stride; each shard's tail is dropped, the last sequence counts in part.
 
     Every rank calls this, and every rank gets the same result; None: a rank was told to stop (`stopped` is asked
-    between batches). `fewer` takes what is there where that is less. Raises ShardError, and ConfigError where the
+    between batches). `moved` is told the number of each batch that is done. `fewer` takes what is there where that is less. Raises ShardError, and ConfigError where the
     shards do not hold that many tokens.
     """
     reader, wanted = _slice(paths, offset, tokens, config, fewer)
@@ -62,6 +63,7 @@ def mean_loss(
             batch = _batch(reader, row * microbatch_size, sequences, wanted, buffer).to(here.device)
             with torch.no_grad():
                 total += model(batch[:, :-1].clamp(min=0), batch[:, 1:], 1.0)
+            moved(row)
         flags.result()
     finally:
         model.train(training)

@@ -225,7 +225,7 @@ def _validate(run: Run) -> float | None:
     gc.collect()
     result = mean_loss(
         run.module, run.config.data.validation, tokens=run.config.train.validation_tokens, config=run.config.model,
-        microbatch_size=run.microbatch_size, here=run.here, fewer=True, stopped=lambda: run.stopping,
+        microbatch_size=run.microbatch_size, here=run.here, fewer=True, stopped=lambda: run.stopping, moved=lambda batch: run.tell(progress=batch),
     )  # fmt: skip
     if result is None:
         return None
@@ -238,7 +238,7 @@ def _validate(run: Run) -> float | None:
         log(
             f"step {run.step}/{run.config.steps} | validation loss {result.loss:.4f} on {result.tokens:,} tokens"
         )
-    run.tell(state="training", last_step_time=now)
+    run.tell(state="training", last_step_time=now, progress=None)
     return finite(result.loss)
 
 
@@ -298,11 +298,12 @@ def _evaluate(run: Run) -> bool:
             )
         result = mean_loss(
             run.module, test_set.data, offset=test_set.offset, tokens=test_set.tokens, config=config.model,
-            microbatch_size=run.microbatch_size, here=here, stopped=lambda: run.stopping,
+            microbatch_size=run.microbatch_size, here=here, stopped=lambda: run.stopping, moved=lambda batch: run.tell(progress=batch),
         )  # fmt: skip
         if result is None:
             return False
         results.append(summary(test_set, result, step))
+        run.tell(progress=None)  # what follows moves at a pace of its own
     if here.rank == 0:
         samples = _samples(path, wanted.prompt_tokens, here.device)
         write_json(run.out / "evaluations.json", {"test_sets": results, "samples": samples})

@@ -69,6 +69,7 @@ class Supervisor:
         self._beat_at = 0.0
         self._deadline_seen: tuple[int, ...] | None = None
         self._trouble: str | None = None
+        self._secrets: dict[str, str] | None = None
         self._told_to_end = False
         self._alone_since: float | None = None
         """Since when torchrun has not brought a trainer to life here, because other nodes are missing."""
@@ -113,6 +114,8 @@ class Supervisor:
     def tick(self) -> None:
         """Look once at everything, and do the one thing that is due."""
         now = self.clock.boot()
+        taken = self.job.take_secrets(self.run)
+        self._secrets = self._secrets if taken is None else taken
         self._read_requests(now)
         if self._child is None:
             if self._ending is not None:
@@ -137,7 +140,7 @@ class Supervisor:
         try:
             (self.run / "stop").unlink(missing_ok=True)
             self._old_status = self._status()
-            environment = self.job.environment(self.run, processes.MARK)
+            environment = self.job.environment(self.run, processes.MARK, self._secrets)
             with (self.run / "train.log").open("ab") as log:
                 self._log_offset = log.tell()
                 self._child = subprocess.Popen(argv, cwd=self.run, env=environment, stdin=subprocess.DEVNULL, stdout=log,

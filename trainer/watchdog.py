@@ -44,7 +44,7 @@ class Job:
     env: dict[str, str] = field(default_factory=dict)
     """Plain values for the trainer's environment."""
     secrets_file: str | None = None
-    """KEY=VALUE lines, read into the trainer's environment and nowhere else."""
+    """KEY=VALUE lines for the trainer's environment. The supervisor takes the file: it is read into memory and removed."""
     max_restarts: int = 3
     deadline: float | None = None
     """POSIX seconds at which nothing of the run may be left."""
@@ -57,7 +57,7 @@ class Job:
     stall_floor_seconds: float = 300
     """… and the least time that does."""
     first_step_seconds: float = 1800
-    """The same before the first step, and outside of steps."""
+    """The same before the first step, and where neither steps nor batches of an evaluation are counted."""
     restart_pause_seconds: float = 2
     """Pause before the first restart; it grows by as much with each one, up to ten times."""
     nodes: int = 1
@@ -92,15 +92,26 @@ class Job:
             raise JobError(f"{path}: unusable {', '.join(wrong)}")
         return cls(**known)
 
-    def environment(self, run: Path, mark: str) -> dict[str, str]:
-        """The trainer's whole environment. Raises JobError where the secrets cannot be read."""
-        secrets = {}
-        if self.secrets_file is not None:
-            try:
-                lines = (run / self.secrets_file).read_text(encoding="utf-8").splitlines()
-            except OSError as error:
-                raise JobError(f"{self.secrets_file}: {error.strerror}") from error
-            secrets = dict(line.split("=", 1) for line in lines if "=" in line)
+    def take_secrets(self, run: Path) -> dict[str, str] | None:
+        """Read the secrets and remove their file, so that none stays on a node that nobody cleans up; None: there is no file.
+
+        A second start of the same token writes it again while the first one's supervisor lives: that one takes it too.
+        """
+        if self.secrets_file is None:
+            return None
+        path = run / self.secrets_file
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+            path.unlink()
+        except OSError:
+            return None
+        return dict(line.split("=", 1) for line in lines if "=" in line)
+
+    def environment(self, run: Path, mark: str, secrets: Mapping[str, str] | None) -> dict[str, str]:
+        """The trainer's whole environment. Raises JobError where it needs secrets and there are none."""
+        if self.secrets_file is not None and secrets is None:
+            raise JobError(f"{self.secrets_file}: there is no such file")
+        secrets = secrets or {}
         return {**os.environ, "PYTHONUNBUFFERED": "1", **self.env, **secrets, mark: str(run)}
 
 
@@ -150,7 +161,7 @@ class Progress:
         self._key = _key(status)
         self._last_step = status.get("last_step_time")
         self._seconds: deque[float] = deque(maxlen=101)
-        self._training = False
+        self._paced = False
         self.since = now
         self.stepped = False
 
@@ -159,7 +170,7 @@ class Progress:
         if (key := _key(status)) == self._key:
             return
         self._key, self.since = key, now
-        self._training = status.get("state") in ("running", "training")
+        self._paced = status.get("state") in ("running", "training") or status.get("progress") is not None
         last_step, seconds = status.get("last_step_time"), status.get("step_seconds")
         if last_step is not None and last_step != self._last_step:
             self._last_step, self.stepped = last_step, True
@@ -168,7 +179,7 @@ class Progress:
 
     def limit(self, job: Job) -> float:
         """Seconds without progress that count as a stall."""
-        if not self.stepped or not self._training:
+        if not self.stepped or not self._paced:
             return job.first_step_seconds
         median = statistics.median(self._seconds) if self._seconds else 0
         return max(job.stall_floor_seconds, job.stall_factor * median)

@@ -1,4 +1,4 @@
-"""Following a file that grows on a node, and making what a node prints safe to show.
+"""Following a file that grows on a node.
 
 On the node a few lines of Python send the file from a byte on in frames: four bytes of length, then so many bytes; a frame of
 length 0 each second says that the node lives. So a dead link is noticed, and the program on the node notices too: its
@@ -8,7 +8,6 @@ next frame fails and it ends.
 from __future__ import annotations
 
 import random
-import re
 import threading
 import time
 from collections.abc import Iterator
@@ -41,13 +40,6 @@ while True:
     if not data:
         time.sleep(0.03)
 """
-_ESCAPES = re.compile(
-    r"\x1b\][^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)?"  # OSC: titles, links, clipboard
-    r"|\x1b[PX^_][^\x1b\x9c]*(?:\x1b\\|\x9c)?"  # DCS, SOS, PM, APC: strings for the terminal
-    r"|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]?"  # CSI: colours, cursor, modes
-    r"|\x1b[ -/]*[0-~]?"  # all other escapes
-)
-_CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 def follow(
@@ -125,10 +117,3 @@ def _ended(session: Session, path: str, complaints: bytes) -> ConnectionLost | C
     if status is None or status == 0:
         return lost(session.link.address, "the node ended the session")
     return CommandFailed(f"follow {path}", Result(b"", complaints, status))
-
-
-def sanitize(text: str) -> str:
-    """`text` without anything that a terminal would obey: escape sequences, control characters but tab and line feed, and
-    marks that reorder text. A carriage return becomes a line feed, so that progress bars stay readable."""
-    text = _ESCAPES.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
-    return _CONTROLS.sub("", text)

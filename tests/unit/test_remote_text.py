@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orchestrator.figures import sane
 from orchestrator.remote.node import node_path
 from orchestrator.remote.session import command_line
-from orchestrator.remote.stream import sanitize
 
 plain = st.text(st.characters(blacklist_characters="\0", blacklist_categories=("Cs",)))
 
@@ -74,13 +74,13 @@ def test_node_path(path: str, expected: str) -> None:
         ("cut \x1b", "cut "),
     ],
 )
-def test_sanitize(text: str, expected: str) -> None:
-    assert sanitize(text) == expected
+def test_what_a_node_prints_is_made_safe(text: str, expected: str) -> None:
+    assert sane(text) == expected
 
 
 @given(st.text())
 def test_nothing_that_a_terminal_obeys_is_left(text: str) -> None:
-    shown = sanitize(text)
+    shown = sane(text)
     assert not any(ord(letter) < 32 and letter not in "\t\n" for letter in shown)
     assert not any(0x7F <= ord(letter) <= 0x9F for letter in shown)
-    assert sanitize(shown) == shown
+    assert sane(shown) == shown

@@ -177,6 +177,9 @@ def test_progress_limits():
     assert progress.since == 410
     progress.observe(430, {"state": "evaluating", "step": 410, "last_step_time": 410.0})
     assert progress.limit(job) == 1800
+    for batch in range(3):
+        progress.observe(440 + batch, {"state": "evaluating", "step": 410, "progress": batch})
+        assert (progress.since, progress.limit(job)) == (440 + batch, 500)
 
 
 REPORT = b"""failed (exitcode: 1) local_rank: 0 (pid: 5) of binary: python
