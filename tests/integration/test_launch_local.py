@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli import Cli, spec
+from tests.plain_trainer import plain_trainer
 from trainer import manifest
 
 pytestmark = pytest.mark.slow
@@ -63,6 +64,22 @@ def test_launch_trains_collects_releases_and_prices(cli: Cli) -> None:
     assert hours == pytest.approx(row["billed_hours"], rel=0.01)
     log = cli.run("tail", run, "--no-follow").stdout.splitlines()
     assert len(log) == len((cli.home / "runs" / run / "train.log").read_text().splitlines())
+
+
+def test_what_the_nodes_gpus_do_is_told_here(cli: Cli) -> None:
+    """From nvidia-smi on the node (here a script that answers like it) to `show`."""
+    tool = cli.home / "bin/nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text('#!/bin/sh\ncase "$*" in *utilization*) echo "96, 61440, 71, 640.25";; esac\n')
+    tool.chmod(0o755)
+    cli.env["PATH"] = f"{tool.parent}:{cli.env['PATH']}"
+    own = Path(plain_trainer(cli.home))
+    main = own / "__main__.py"
+    main.write_text(main.read_text().replace('"gpus": 0', '"gpus": 1'))
+    (cli.home / "run.yaml").write_text(spec(trainer={"path": str(own)}))
+    cli.run("launch", "run.yaml")
+    run = cli.only()
+    assert "GPU 96%, 60.0 GiB, 71 °C, 640 W" in cli.run("show", run).stdout
 
 
 def test_second_launch_sends_nothing_again(cli: Cli) -> None:
