@@ -2,7 +2,7 @@
 
     ssh/id_ed25519[.pub]     the client key of this home, made once
     ssh/host_keys/KEY        the host key that node KEY shall use, made before it is launched
-    ssh/known_hosts/KEY      what node KEY must show; the file belongs to one node, so its name column is the node's key
+    ssh/known_hosts/KEY      what node KEY must show; the file belongs to one machine, so its name column is `*`
 
 Its one error:
 
@@ -92,15 +92,17 @@ def known_hosts(home: Path, key: str) -> Path:
     return home / "ssh" / "known_hosts" / key
 
 
-def pin(path: Path, key: str, public: str) -> None:
-    """Write `public` as the one host key of the known_hosts file `path`; a link is followed, the file replaced whole."""
+def pin(path: Path, public: str) -> None:
+    """Write `public` as the one host key of the known_hosts file `path`; a link is followed, the file replaced whole.
+
+    The name column is `*`: a machine of the user's own is another node in each attempt, and OpenSSH looks for the node's key."""
     words = public.split()
     if len(words) < 2:
         raise ValueError(f"not an SSH public key: {public!r}")
     target = path.resolve()
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-    write_private(temporary, f"{key} {words[0]} {words[1]}\n")
+    write_private(temporary, f"* {words[0]} {words[1]}\n")
     temporary.replace(target)
 
 

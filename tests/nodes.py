@@ -63,7 +63,7 @@ class Node:
 def accounts(folder: Path) -> tuple[Path, keys.KeyPair, Path]:
     """(client key, host key pair, known_hosts with that host key) below an LLMCTL_HOME `folder`."""
     client, host = keys.client_key(folder), keys.host_key(folder, KEY)
-    keys.pin(keys.known_hosts(folder, KEY), KEY, host.public)
+    keys.pin(keys.known_hosts(folder, KEY), host.public)
     return client, host, keys.known_hosts(folder, KEY)
 
 

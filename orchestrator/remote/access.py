@@ -53,7 +53,7 @@ class Access:
         """The launch request of one node. Its host key is pinned before the node exists."""
         pair = keys.host_key(self.home.path, marker.key) if self.injected else None
         if pair is not None:
-            keys.pin(keys.known_hosts(self.home.path, marker.key), marker.key, pair.public)
+            keys.pin(keys.known_hosts(self.home.path, marker.key), pair.public)
         return LaunchRequest(
             marker=marker,
             offer=offer,

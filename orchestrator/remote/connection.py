@@ -295,7 +295,7 @@ def _policy(address: Address, *, pinned: bool) -> Any:
         def missing_host_key(self, _client: object, _hostname: str, key: Any) -> None:
             if pinned or not address.accept_new:
                 raise _mismatch(address, key.get_name(), pinned=pinned)
-            keys.pin(address.known_hosts, address.key, f"{key.get_name()} {key.get_base64()}")
+            keys.pin(address.known_hosts, f"{key.get_name()} {key.get_base64()}")
 
     return Pin()
 

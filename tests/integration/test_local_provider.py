@@ -23,7 +23,7 @@ def ask(home: Home, provider: Provider, attempt: int = 1, hours: float = 1) -> L
         run="quick-ab12", attempt=attempt, index=0, lease_end=datetime.now(UTC) + timedelta(hours=hours)
     )
     pair = keys.host_key(home.path, marker.key)
-    keys.pin(keys.known_hosts(home.path, marker.key), marker.key, pair.public)
+    keys.pin(keys.known_hosts(home.path, marker.key), pair.public)
     public = keys.public_key(keys.client_key(home.path))
     return LaunchRequest(marker, provider.offers({})[0], home.owner, public, pair.private, pair.public)
 
@@ -195,7 +195,7 @@ def test_ssh_pin_outlives_the_claim(home: Home) -> None:
     keys.known_hosts(home.path, first.marker.key).unlink()
     provider.launch(first)
     shown = keys.generate().public
-    keys.pin(keys.known_hosts(home.path, first.marker.key), first.marker.key, shown)
+    keys.pin(keys.known_hosts(home.path, first.marker.key), shown)
     provider.terminate(first.marker.key)
     second = Marker(run="quick-ab12", attempt=2, index=0, lease_end=datetime.now(UTC))
     provider.launch(LaunchRequest(second, first.offer, "o", "k", None, None))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.remote import connection, session
+from orchestrator.remote import connection, openssh, session
 from orchestrator.remote.node import (
     CommandFailed,
     CommandTimeout,
@@ -24,7 +24,7 @@ from orchestrator.remote.node import (
     Remote,
 )
 from provisioning import keys
-from tests.nodes import KEY, Node, Proxy, any_node, node, processes, until
+from tests.nodes import Node, Proxy, any_node, node, processes, until
 
 __all__ = ["any_node", "node"]
 NASTY = "a b;$(id) `id` \\ \"x\" 'y'\n\n*?\t\u2028é"
@@ -162,7 +162,7 @@ def test_many_threads_on_one_connection(any_node: Node) -> None:
 
 def test_another_host_key_is_an_error(any_node: Node, tmp_path: Path) -> None:
     wrong = keys.known_hosts(tmp_path, "wrong")
-    keys.pin(wrong, KEY, keys.generate().public)
+    keys.pin(wrong, keys.generate().public)
     address = dataclasses.replace(any_node.address, known_hosts=wrong)
     for tried in (address, dataclasses.replace(address, accept_new=True)):
         with pytest.raises(HostKeyMismatch) as caught:
@@ -183,6 +183,18 @@ def test_first_key_is_pinned_only_where_that_was_asked_for(any_node: Node, tmp_p
     assert keys.pinned(fresh) == keys.pinned(any_node.address.known_hosts)
     with Remote(address) as remote:
         remote.run(["true"])
+
+
+@pytest.mark.skipif(not openssh.available(), reason="no OpenSSH client")
+def test_a_pin_holds_for_every_node_that_the_machine_becomes(any_node: Node, tmp_path: Path) -> None:
+    """The file of a machine of one's own is shared by its attempts, which have names of their own."""
+    shared = keys.known_hosts(tmp_path, "ssh-host-22")
+    first = dataclasses.replace(any_node.address, known_hosts=shared)
+    with Remote(dataclasses.replace(first, accept_new=True)) as remote:
+        remote.run(["true"])
+    second = openssh.Carrier(dataclasses.replace(first, key="llmctl-test-ab12-a2-n0"))
+    second.ensure()
+    second.stop()
 
 
 def test_what_cannot_be_reached(any_node: Node, tmp_path: Path) -> None:

@@ -106,8 +106,8 @@ def test_pin_replaces_and_follows_a_link(tmp_path: Path) -> None:
     path.parent.mkdir(parents=True)
     path.symlink_to(shared.name)
     first, second = keys.generate().public, keys.generate("comment").public
-    keys.pin(path, "n0", first)
-    keys.pin(path, "n0", second)
+    keys.pin(path, first)
+    keys.pin(path, second)
     assert keys.pinned(shared) == [tuple(second.split()[:2])]
     assert path.is_symlink()
     assert stat.S_IMODE(shared.stat().st_mode) == 0o600
@@ -115,11 +115,11 @@ def test_pin_replaces_and_follows_a_link(tmp_path: Path) -> None:
 
 def test_pin_takes_no_half_key(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not an SSH public key"):
-        keys.pin(tmp_path / "known", "n0", "ssh-ed25519")
+        keys.pin(tmp_path / "known", "ssh-ed25519")
 
 
 def test_forget(tmp_path: Path) -> None:
-    keys.pin(keys.known_hosts(tmp_path, "n0"), "n0", keys.host_key(tmp_path, "n0").public)
+    keys.pin(keys.known_hosts(tmp_path, "n0"), keys.host_key(tmp_path, "n0").public)
     keys.forget(tmp_path, "n0")
     keys.forget(tmp_path, "n0")
     assert [path for path in (tmp_path / "ssh").rglob("*") if path.is_file()] == []
