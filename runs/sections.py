@@ -7,19 +7,11 @@ into these models; `docs/run-yaml.md` is generated from them.
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
 
-from runs.hardware import (
-    Dollars,
-    Ec2Hardware,
-    Hardware,
-    LambdaHardware,
-    LocalHardware,
-    Section,
-    SshHardware,
-)
+from runs.hardware import Dollars, Hardware, Section
 from trainer.config import (
     CheckpointConfig,
     DataConfig,
@@ -172,11 +164,9 @@ class RunSpec(Section):
 
 
 HARDWARE: dict[str, type[BaseModel]] = {
-    "local": LocalHardware,
-    "ssh": SshHardware,
-    "lambda": LambdaHardware,
-    "ec2": Ec2Hardware,
+    get_args(cls.model_fields["provider"].annotation)[0]: cls for cls in get_args(get_args(Hardware)[0])
 }
+"""Provider → its section, from the union `Hardware`."""
 SECTIONS: dict[str, type[Any]] = {
     "budget": Budget,
     "data": DataConfig,
