@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +10,25 @@ from typing import Any
 
 import pytest
 
+import trainer
 from tests.cli import Cli, spec
 from tests.hosts import Host, three_hosts
 
 pytestmark = pytest.mark.slow
+
+IMPATIENT = """
+
+_job = Job.__init__
+
+
+def _impatient(self: Job, *words: object, **names: object) -> None:
+    _job(self, *words, **names)
+    object.__setattr__(self, "stall_floor_seconds", 5.0)
+    object.__setattr__(self, "gather_seconds", 10.0)
+
+
+Job.__init__ = _impatient
+"""
 
 
 @pytest.fixture
@@ -89,6 +105,15 @@ def launch(cli: Cli, hosts: list[Host], trainer_path: Path | None = None, **chan
     return cli.only()
 
 
+def impatient(folder: Path) -> Path:
+    """The trainer, with a supervisor that takes seconds for what takes it minutes otherwise."""
+    copy = folder / "mine" / "trainer"
+    shutil.copytree(Path(trainer.__file__).parent, copy)
+    with (copy / "watchdog.py").open("a", encoding="utf-8") as file:
+        file.write(IMPATIENT)
+    return copy
+
+
 def ended(cli: Cli, run: str, patience: float = 240) -> dict[str, Any]:
     """The record of the run, once it is over."""
     cli.run("tail", run, code=None, timeout=patience)
@@ -108,6 +133,7 @@ def events(document: dict[str, Any], kind: str) -> list[dict[str, Any]]:
     return [item for item in document["events"] if item["kind"] == kind]
 
 
+@pytest.mark.harness
 def test_a_slow_network_is_refused_before_the_first_step(cli: Cli, hosts: list[Host]) -> None:
     hosts[1].slow_down("20mbit")
     run = launch(cli, hosts[:2], train__processes_per_node=1)
@@ -116,3 +142,57 @@ def test_a_slow_network_is_refused_before_the_first_step(cli: Cli, hosts: list[H
     assert f"{hosts[0].address} (eth0)" in document["reason"]
     assert events(document, "TrainerStarted") == []
     quiet(cli, hosts)
+
+
+LONG = {
+    "train__steps": 100_000, "train__validate_every": 0, "train__processes_per_node": 1, "checkpoint": {"every_steps": 10},
+}  # fmt: skip
+
+
+def training(cli: Cli, run: str, attempt: int = 1) -> dict[str, Any]:
+    """The record once a checkpoint of that attempt is here."""
+
+    def seen() -> dict[str, Any] | None:
+        document = cli.show(run)
+        begun = [item["at"] for item in events(document, "AttemptStarted")][attempt - 1 :]
+        there = [item["at"] for item in events(document, "CheckpointVerified")]
+        return document if begun and there and there[-1] > begun[0] else None
+
+    found: dict[str, Any] = cli.wait(seen, 240)
+    return found
+
+
+def stopped(cli: Cli, run: str, hosts: list[Host]) -> None:
+    """A stop ends it on every node: the last checkpoint is here, each step counts once, and nothing is left anywhere."""
+    cli.run("stop", run)
+    document = cli.show(run)
+    assert (document["state"], document["reason"]) == ("stopped", "user")
+    assert max(document["checkpoints"], key=lambda item: item["step"])["fetched"]
+    assert losses(cli, run)
+    quiet(cli, hosts)
+
+
+def resumed(document: dict[str, Any]) -> list[bool]:
+    """Of each attempt, whether it began at a checkpoint."""
+    return [attempt["from_step"] > 0 for attempt in document["attempts"]]
+
+
+@pytest.mark.harness
+def test_a_cut_between_the_nodes_ends_on_both(cli: Cli, hosts: list[Host], tmp_path: Path) -> None:
+    """Both nodes answer this machine and not each other: neither waits for the whole outage, and after it the run goes on."""
+    run = launch(cli, hosts[:2], impatient(tmp_path), **LONG)
+    training(cli, run)
+    hosts[0].cut(hosts[1])
+    cli.wait(lambda: events(cli.show(run), "TrainerEnded"), 150)
+    hosts[0].heal(hosts[1])
+    document = training(cli, run, attempt=2)
+    assert events(document, "TrainerEnded")[0]["reason"] == "lost"
+    assert resumed(document) == [False, True]
+    stopped(cli, run, hosts)
+
+
+@pytest.mark.harness
+def test_stop_ends_all_nodes(cli: Cli, hosts: list[Host]) -> None:
+    run = launch(cli, hosts[:2], **LONG)
+    training(cli, run)
+    stopped(cli, run, hosts)
