@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from runs.sections import HARDWARE, SECTIONS, field_names, known_keys
 from runs.yamlfile import Path, describe, dotted
+from trainer.after.settings import METHODS
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -31,10 +32,19 @@ _PATTERNS = {
     "hardware.host": "must be a host name or an address",
     "hardware.user": "must be a user name",
 }
+_TAGS: dict[str, tuple[Path, Iterable[str]]] = {
+    "hardware": (("hardware", "provider"), HARDWARE),
+    "tune": (("tune", "method"), METHODS),
+}
+"""Sections that come in several kinds: the key that tells them apart, and its values."""
 _EXAMPLES = {
     "name": "Add `name: my-first-run`",
     "hardware": "Add `hardware: {provider: local}`",
     "hardware.host": "Add `host: 192.0.2.7` under hardware",
+    "tune": "Add `tune: {method: finetune, base: RUN, data: {train: [examples.jsonl]}}`",
+    "tune.base": "Add `base: RUN` under tune: a run, a folder, or hf://owner/name",
+    "tune.data": "Add `data: {train: [examples.jsonl]}` under tune",
+    "tune.data.train": "Add `train: [examples.jsonl]` under tune.data",
     "data": "Add `data: {train: [shards/*.bin]}`",
     "data.train": "Add `train: [shards/*.bin]` under data",
     "train": "Add `train: {tokens: 1_000_000, global_batch_size: 64}`",
@@ -69,7 +79,9 @@ def unknown_key(path: Path, data: dict[str, Any]) -> Complaint:
     """An unknown key, with the nearest known one."""
     key, section = str(path[-1]), path[:-1]
     hardware = data.get("hardware")
-    known = known_keys(section, hardware.get("provider") if isinstance(hardware, dict) else None)
+    tune = data.get("tune")
+    known = known_keys(section, hardware.get("provider") if isinstance(hardware, dict) else None,
+                       tune.get("method") if isinstance(tune, dict) else None)  # fmt: skip
     near = nearest(key, known)
     if near and _similarity(key, near) >= 0.6:
         return Complaint(path, "unknown key", f"Did you mean {near}?")
@@ -134,7 +146,7 @@ def _complaint(path: Path, details: list[ErrorDetails], data: dict[str, Any]) ->
     if kind in {"extra_forbidden", "unexpected_keyword_argument"}:
         return unknown_key(path, data)
     if kind in {"union_tag_not_found", "union_tag_invalid"}:
-        return _provider(value)
+        return _tagged(value, *_TAGS[str(path[0])])
     if kind in _BOUNDS:
         words, bound = _BOUNDS[kind]
         return Complaint(path, f"{words} {context[bound]:g}, not {describe(value)}")
@@ -151,15 +163,14 @@ def _complaint(path: Path, details: list[ErrorDetails], data: dict[str, Any]) ->
     return Complaint(path, message[:1].lower() + message[1:])
 
 
-def _provider(hardware: object) -> Complaint:
-    path: Path = ("hardware", "provider")
-    known = ", ".join(HARDWARE)
-    if not isinstance(hardware, dict):
-        return Complaint(("hardware",), f"must be a mapping, not {describe(hardware)}", _EXAMPLES["hardware"])
-    if "provider" not in hardware:
+def _tagged(section: object, path: Path, choices: Iterable[str]) -> Complaint:
+    known = ", ".join(choices)
+    if not isinstance(section, dict):
+        return Complaint(path[:1], f"must be a mapping, not {describe(section)}", _EXAMPLES[str(path[0])])
+    if path[1] not in section:
         return Complaint(path, "is required", f"One of {known}")
-    given = hardware["provider"]
-    hint = f"Did you mean {nearest(given, HARDWARE)}?" if isinstance(given, str) else ""
+    given = section[path[1]]
+    hint = f"Did you mean {nearest(given, choices)}?" if isinstance(given, str) else ""
     return Complaint(path, f"must be one of {known}, not {describe(given)}", hint)
 
 

@@ -39,6 +39,8 @@ class Past:
     """Of all validations and test sets of its spec."""
     uplink: float | None = None
     """Bytes a second at which its data left this machine."""
+    method: str | None = None
+    """Of tuning; None: pretraining."""
 
     @property
     def device(self) -> str:
@@ -73,6 +75,7 @@ def past(row: Mapping[str, Any], spec: Mapping[str, Any]) -> Past | None:
         finished=row.get("state") == "succeeded",
         evaluated_tokens=evaluated_tokens(read),
         uplink=row.get("uplink"),
+        method=read.tune.method if read.tune is not None else None,
     )
 
 
@@ -117,7 +120,7 @@ def _speed_fields(train: TrainConfig) -> TrainConfig:
 def evaluated_tokens(spec: RunSpec) -> int:
     """Tokens of all validations and test sets; a forward pass costs a third of a step."""
     every = spec.train.validate_every
-    times = (-(-spec.steps // every) if every else 1) if spec.data.validation else 0
+    times = (-(-spec.steps // every) if every else 1) if spec.data.validation and spec.tune is None else 0
     tests = (
         item.tokens if isinstance(item, TestSet) else SLICES[item].tokens for item in spec.evaluate.test_sets
     )

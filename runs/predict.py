@@ -40,6 +40,8 @@ _RELEASE = {True: 20.0, False: 2.0}
 _PULL_BYTES_PER_SECOND = {"local": 200e6}
 _PULLED_FROM_AFAR = 10e6
 """Checkpoints from a node on this machine, and to a home connection (7 to 12 MB/s were published)."""
+_UNKNOWN = "hours and dollars of tuning and measuring are known only from an earlier run of the same method on this kind of machine"
+_AT_MOST = "all epochs are counted; it ends earlier where the validation loss rises"
 _SAME = {"cuda": 0.1, "cpu": 0.15}
 _ALIKE = 0.2
 """Relative error where the same run has been here before, and where only its like has."""
@@ -156,11 +158,19 @@ def predict(
     memory = gpu.memory_gib if gpu else None
     size = microbatch(spec, world, memory)
     needed = flops.memory_gib(spec.model, spec.train, size or 1, world)
-    speed, basis, error, notes = _speed(spec, offer, gpu, size or 1, history)
+    method = spec.tune.method if spec.tune is not None else None
+    kin = [item for item in history if item.method == method]
+    speed, basis, error, notes = _speed(spec, offer, None if method else gpu, size or 1, kin)
+    if method is not None:
+        notes = (
+            *([] if speed else [_UNKNOWN]),
+            *(notes if speed else ()),
+            *([] if method == "evaluate" else [_AT_MOST]),
+        )
     phases: dict[str, float] = {}
     upload = 0.0
     if speed is not None:
-        same = (item for item in reversed(history) if item.finished and alike(item, spec, offer) == "same")
+        same = (item for item in reversed(kin) if item.finished and alike(item, spec, offer) == "same")
         if (newest := next(same, None)) is not None:
             phases = _as_before(spec, newest)
         else:

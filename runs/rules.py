@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from runs.complaints import Complaint, nearest
 from runs.hardware import LambdaHardware, SshHardware
 from runs.sections import RunSpec
+from runs.tuning import BUILTIN, DERIVED
 from runs.yamlfile import Path
+from trainer.after import settings
+from trainer.after.settings import Measure
 from trainer.config import ConfigError, TestSet, check, check_batch, parse_duration
 from trainer.gpus import parse_request
 from trainer.slices import SLICES
@@ -30,6 +34,51 @@ def broken(spec: RunSpec) -> Iterator[Complaint]:
     """Every rule that a well-formed spec breaks."""
     for rule in _RULES:
         yield from rule(spec)
+
+
+def beside_tune(raw: Mapping[str, Any]) -> Iterator[Complaint]:
+    """Sections of pretraining that a file has beside `tune`, as it was written."""
+    tune = raw.get("tune")
+    if tune is None or (isinstance(tune, Mapping) and tune.get("known")):
+        return
+    for key in DERIVED:
+        if key in raw:
+            where = "the base has its own" if key == "model" else f"what is meant belongs under tune.{key}"
+            yield Complaint((key,), f"has no place beside tune: {where}", "Delete it")
+
+
+def _tune(spec: RunSpec) -> Iterator[Complaint]:
+    tune = spec.tune
+    if tune is None:
+        return
+    yield from _trainable(lambda: settings.check(tune), ("tune",))
+    wanted = BUILTIN.get(tune.method)
+    if not isinstance(tune, Measure):
+        for key in ("train", "validation", "test"):
+            for index, source in enumerate(getattr(tune.data, key)):
+                for message, hint in _examples(source, wanted or ""):
+                    yield Complaint(("tune", "data", key, index), message, hint)
+        if tune.data.template not in {None, "alpaca", "llama2"}:
+            yield Complaint(("tune", "data", "template"), f"there is no chat template {tune.data.template!r}",
+                            "Write alpaca or llama2")  # fmt: skip
+    if not tune.base.strip():
+        yield Complaint(("tune", "base"), "is empty", "Name a run, a folder, or hf://owner/name")
+    if isinstance(tune, Measure) and not spec.evaluate.test_sets and not spec.evaluate.prompts:
+        yield Complaint(("evaluate",), "nothing is measured", "Add `evaluate: {test_sets: [fineweb-gpjt]}`")
+    if tune.method == "classify" and (spec.evaluate.test_sets or spec.evaluate.prompts):
+        yield Complaint(
+            ("evaluate",), "a classifier predicts no tokens", "Delete it; tune.data.test measures it"
+        )
+    if spec.trainer.path is not None:
+        yield Complaint(("trainer", "path"), "is for pretraining only", "Delete it")
+
+
+def _examples(source: str, wanted: str) -> Iterator[tuple[str, str]]:
+    match = _SOURCE.match(source)
+    if not source.strip():
+        yield "is empty", f"Write a path, or builtin:{wanted}"
+    elif match is not None and (match["scheme"], match["rest"]) != ("builtin", wanted):
+        yield f"{source} is no set of examples for this method", f"Write a path, or builtin:{wanted}"
 
 
 def _rented(spec: RunSpec) -> Iterator[Complaint]:
@@ -98,25 +147,26 @@ def _batch(spec: RunSpec) -> Iterator[Complaint]:
 
 
 def _divides(spec: RunSpec, world: int) -> Iterator[Complaint]:
-    yield from _trainable(lambda: check_batch(spec.train, world))
+    yield from _trainable(lambda: check_batch(spec.train, world), ("tune",) if spec.tune is not None else ())
 
 
 def _trainer(spec: RunSpec) -> Iterator[Complaint]:
-    yield from _trainable(lambda: check(spec.trainer_config()))
+    where = ("tune",) if spec.tune is not None else ()
+    yield from _trainable(lambda: check(spec.trainer_config()), where)
 
 
-def _trainable(look: Callable[[], None]) -> Iterator[Complaint]:
+def _trainable(look: Callable[[], None], where: Path = ()) -> Iterator[Complaint]:
     try:
         look()
     except ConfigError as error:
         path = [int(part) if part.isdigit() else part for part in re.findall(r"[^.\[\]]+", error.key)]
         hint = "To replace one with the other: --set train.steps=100 --set train.tokens=null"
         either = error.key == "train.tokens" and "either" in str(error)
-        yield Complaint(tuple(path), str(error).removeprefix(f"{error.key}: "), hint if either else "")
+        yield Complaint((*where, *path), str(error).removeprefix(f"{error.key}: "), hint if either else "")
 
 
 def _data(spec: RunSpec) -> Iterator[Complaint]:
-    listed: list[tuple[Path, list[str]]] = [
+    listed: list[tuple[Path, list[str]]] = [] if spec.tune is not None else [
         (("data", "train"), spec.data.train), (("data", "validation"), spec.data.validation)]  # fmt: skip
     for index, test_set in enumerate(spec.evaluate.test_sets):
         if isinstance(test_set, TestSet):
@@ -155,6 +205,8 @@ def _source(source: str) -> Iterator[tuple[str, str]]:
 
 def _vocabulary(spec: RunSpec) -> Iterator[Complaint]:
     """Token ids beyond the vocabulary would come from data or prompts that llmctl tokenises itself."""
+    if spec.tune is not None:
+        return  # the base brings its own
     needed = VOCABULARY.get(spec.data.tokenizer, 0)
     tokenises = spec.evaluate.prompts or any(item.startswith("builtin:") for item in spec.data.train)
     if tokenises and spec.model.vocab_size < needed:
@@ -173,7 +225,8 @@ def _evaluate(spec: RunSpec) -> Iterator[Complaint]:
             )
         names.add(name)
         if isinstance(item, str):
-            yield from _named_slice(path, item, spec.data.tokenizer)
+            told = spec.tune is None or spec.tune.known is not None  # else the base will say
+            yield from _named_slice(path, item, spec.data.tokenizer if told else None)
         else:
             for key, low in (("offset", 0), ("tokens", 1)):
                 if getattr(item, key) < low:
@@ -182,12 +235,12 @@ def _evaluate(spec: RunSpec) -> Iterator[Complaint]:
                 yield Complaint(path, "a test set needs a name and data")
 
 
-def _named_slice(path: Path, name: str, tokenizer: str) -> Iterator[Complaint]:
+def _named_slice(path: Path, name: str, tokenizer: str | None) -> Iterator[Complaint]:
     known = SLICES.get(name)
     if known is None:
         hint = f"The built-in ones are {', '.join(SLICES)}; any other is {{name, data, offset, tokens}}"
         yield Complaint(path, f"there is no built-in test set {name!r}", hint)
-    elif known.tokenizer != tokenizer:
+    elif tokenizer is not None and known.tokenizer != tokenizer:
         message = f"{name} is in tokens of {known.tokenizer}, and data.tokenizer is {tokenizer}"
         yield Complaint(path, message, "A loss compares only within one tokenizer")
 
@@ -223,4 +276,17 @@ def _wandb(spec: RunSpec) -> Iterator[Complaint]:
         yield Complaint(("wandb", "from"), "cannot be node yet: nothing on a node writes to wandb", hint)
 
 
-_RULES = (_trainer, _batch, _rented, _hosts, _gpus, _data, _vocabulary, _evaluate, _node, _push, _wandb)
+_RULES = (
+    _tune,
+    _trainer,
+    _batch,
+    _rented,
+    _hosts,
+    _gpus,
+    _data,
+    _vocabulary,
+    _evaluate,
+    _node,
+    _push,
+    _wandb,
+)

@@ -5,11 +5,22 @@ Both are generated from the models; `python -m runs.schema` writes them, and a t
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
-from runs.sections import DURATION_PATTERN, HARDWARE, SECTIONS, WRITTEN_BY_LLMCTL, RunSpec, factory_defaults
+from runs.sections import (
+    DURATION_PATTERN,
+    HARDWARE,
+    SECTIONS,
+    TUNE_PARTS,
+    WRITTEN_BY_LLMCTL,
+    RunSpec,
+    factory_defaults,
+)
+from runs.tuning import DERIVED
+from trainer.after.settings import METHODS, MeasureTrain
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 _TITLES = {
@@ -24,6 +35,16 @@ def json_schema() -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) of a run.yaml, conditional requirements included."""
     schema = RunSpec.model_json_schema(by_alias=True)
     definitions = schema["$defs"]
+    for cls in METHODS.values():
+        del definitions[cls.__name__]["properties"]["known"]
+        definitions[cls.__name__]["required"] = sorted({*definitions[cls.__name__]["required"], "method"})
+    definitions.pop("Known", None)
+    for cls in (*METHODS.values(), *TUNE_PARTS.values(), MeasureTrain):
+        for key, default in factory_defaults(cls).items():
+            if cls is not TUNE_PARTS["known"]:
+                definitions[cls.__name__]["properties"].get(key, {})["default"] = (
+                    default if not dataclasses.is_dataclass(default) else {}
+                )
     for key in WRITTEN_BY_LLMCTL:
         section, field = key.split(".")
         del definitions[SECTIONS[section].__name__]["properties"][field]
@@ -35,6 +56,12 @@ def json_schema() -> dict[str, Any]:
     for provider in ("lambda", "ec2"):
         definitions[HARDWARE[provider].__name__]["oneOf"] = [_needs("gpu"), _needs("instance_type")]
     rented = {"properties": {"hardware": {"properties": {"provider": {"enum": ["lambda", "ec2"]}}}}}
+    # With `tune`, `data` and `train` follow from it.
+    schema["required"] = [key for key in schema["required"] if key not in {"data", "train"}]
+    schema["oneOf"] = [
+        {"required": ["data", "train"], "properties": {"tune": {"type": "null"}}},
+        {"required": ["tune"], "properties": dict.fromkeys(DERIVED, False)},
+    ]
     limits = {"allOf": [_needs("max_usd"), _needs("max_hours")]}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -64,7 +91,7 @@ def markdown() -> str:
         "",
         "This page is generated from the models by `python -m runs.schema`.",
         "",
-        *_table(schema, definitions, skip=frozenset({"hardware"}) | SECTIONS.keys()),
+        *_table(schema, definitions, skip=frozenset({"hardware", "tune"}) | SECTIONS.keys()),
         "",
         "## hardware",
         "",
@@ -80,7 +107,25 @@ def markdown() -> str:
         lines += _table(definitions[cls.__name__], definitions)
         if section == "evaluate":
             lines += ["", "A test set of your own:", "", *_table(definitions["TestSet"], definitions)]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_tuning(definitions)]) + "\n"
+
+
+def _tuning(definitions: dict[str, Any]) -> list[str]:
+    """The section `tune`, whose keys depend on its method."""
+    lines = [
+        "",
+        "## tune",
+        "",
+        "Instead of `data`, `model` and `train`: what is done with an existing model. `method` decides which other keys there are.",
+    ]
+    for method, cls in METHODS.items():
+        lines += ["", f"### method: {method}", "", _sentence(definitions[cls.__name__]["description"]), ""]
+        lines += _table(definitions[cls.__name__], definitions, skip={"method"})
+    parts = {f"tune.{key}": cls for key, cls in TUNE_PARTS.items() if key != "known"}
+    for name, cls in {**parts, "tune.train (method: evaluate)": MeasureTrain}.items():
+        lines += ["", f"### {name}", "", _sentence(definitions[cls.__name__]["description"]), ""]
+        lines += _table(definitions[cls.__name__], definitions)
+    return lines
 
 
 def _table(

@@ -12,6 +12,18 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
 
 from runs.hardware import Dollars, Hardware, Section
+from trainer.after.settings import (
+    METHODS,
+    Classify,
+    Dpo,
+    Finetune,
+    Known,
+    LoraConfig,
+    Measure,
+    MeasureTrain,
+    TuneData,
+    TuneTrain,
+)
 from trainer.config import (
     CheckpointConfig,
     DataConfig,
@@ -108,6 +120,9 @@ class Node(Section):
         return parse_duration(self.on_finish)
 
 
+Tune = Annotated[Finetune | Classify | Dpo | Measure, Field(discriminator="method")]
+
+
 class RunSpec(Section):
     """One run: what to train, on which hardware, at what cost."""
 
@@ -117,6 +132,8 @@ class RunSpec(Section):
     """Where it runs."""
     budget: Budget = Budget()
     """What it may cost."""
+    tune: Tune | None = None
+    """Instead of `data`, `model` and `train`: what is done with an existing model."""
     data: DataConfig
     """Token shards."""
     model: ModelConfig = ModelConfig()
@@ -150,7 +167,10 @@ class RunSpec(Section):
 
     @property
     def tokens(self) -> int:
-        """Tokens of the whole run, in whole steps."""
+        """Tokens of the whole run, in whole steps; of tuning, of all its epochs without padding."""
+        if self.tune is not None:
+            known, epochs = self.tune.known, getattr(self.tune.train, "epochs", 0)
+            return epochs * known.epoch_tokens if known else 0
         return self.steps * self.trainer_config().tokens_per_step
 
     def processes(self, gpus: int) -> int:
@@ -167,6 +187,8 @@ HARDWARE: dict[str, type[BaseModel]] = {
     get_args(cls.model_fields["provider"].annotation)[0]: cls for cls in get_args(get_args(Hardware)[0])
 }
 """Provider → its section, from the union `Hardware`."""
+TUNE_PARTS: dict[str, type[Any]] = {"data": TuneData, "train": TuneTrain, "lora": LoraConfig, "known": Known}
+"""The sections within `tune`."""
 SECTIONS: dict[str, type[Any]] = {
     "budget": Budget,
     "data": DataConfig,
@@ -204,7 +226,14 @@ def factory_defaults(cls: type[Any]) -> dict[str, Any]:
     }
 
 
-def known_keys(path: tuple[str | int, ...], provider: object) -> list[str]:
+def _known_tune_keys(path: tuple[str | int, ...], method: object) -> list[str]:
+    if len(path) == 1:
+        return field_names(METHODS[method]) if isinstance(method, str) and method in METHODS else []
+    parts = {**TUNE_PARTS, **({"train": MeasureTrain} if method == "evaluate" else {})}
+    return field_names(parts[str(path[1])]) if len(path) == 2 and path[1] in parts else []
+
+
+def known_keys(path: tuple[str | int, ...], provider: object, method: object = None) -> list[str]:
     """The keys that may stand in the section at `path`; empty where anything may."""
     if not path:
         return field_names(RunSpec)
@@ -212,4 +241,6 @@ def known_keys(path: tuple[str | int, ...], provider: object) -> list[str]:
         return field_names(HARDWARE[provider]) if isinstance(provider, str) and provider in HARDWARE else []
     if path[:2] == ("evaluate", "test_sets"):
         return field_names(TestSet)
+    if path[0] == "tune":
+        return _known_tune_keys(path, method)
     return field_names(SECTIONS[str(path[0])]) if len(path) == 1 and path[0] in SECTIONS else []

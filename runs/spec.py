@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from runs.complaints import Complaint, translate
-from runs.rules import broken
+from runs.rules import beside_tune, broken
 from runs.sections import RunSpec
+from runs.tuning import lowered
 from runs.yamlfile import Document, Path, Problem, SpecError, dotted, override
 from runs.yamlfile import parse as parse_yaml
 
@@ -26,6 +27,7 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.]+:")
 _STAND_INS: dict[str, Any] = {
     "name": "stand-in", "hardware": {"provider": "local"}, "hardware.host": "stand-in", "hardware.gpu": "A100",
     "budget.max_usd": 1, "budget.max_hours": 1, "data": {"train": ["stand-in.bin"]}, "data.train": ["stand-in.bin"],
+    "tune": {"method": "finetune", "base": "stand-in", "data": {"train": ["stand-in.jsonl"]}},
 }  # fmt: skip
 _TOGETHER: dict[Path, dict[str, Any]] = {
     ("train", "tokens"): {"tokens": 10**18, "steps": None},
@@ -70,7 +72,7 @@ def from_dict(data: dict[str, Any], source: str = "spec") -> RunSpec:
 
 def _validated(document: Document) -> RunSpec:
     """Look, set aside what is wrong, and look again, so that one reading reports everything."""
-    data, complaints = document.data, dict[Path, Complaint]()
+    data, complaints = document.data, {item.path: item for item in beside_tune(document.data)}
     while True:
         spec, found = _look(data)
         fresh = [complaint for complaint in found if complaint.path not in complaints]
@@ -87,6 +89,7 @@ def _validated(document: Document) -> RunSpec:
 def _look(data: dict[str, Any]) -> tuple[RunSpec | None, list[Complaint]]:
     from pydantic import ValidationError
 
+    data = lowered(data)
     try:
         # JSON mode is strict about types and still takes lists as tuples and mappings as dataclasses.
         spec = RunSpec.model_validate_json(json.dumps(data), strict=True)
@@ -99,6 +102,9 @@ def _set_aside(data: dict[str, Any], complaints: Sequence[Complaint]) -> dict[st
     copy: dict[str, Any] = json.loads(json.dumps(data))
     for complaint in sorted(complaints, key=lambda complaint: dotted(complaint.path), reverse=True):
         path = complaint.path
+        if path[:1] == ("tune",):
+            copy["tune"] = json.loads(json.dumps(_STAND_INS["tune"]))
+            continue
         if path[:1] == ("hardware",) and path[1:] in {("provider",), ()}:
             copy["hardware"] = _STAND_INS["hardware"]
             continue
@@ -131,16 +137,22 @@ def _anchor(data: dict[str, Any], base: pathlib.Path) -> None:
     test_sets = evaluate.get("test_sets")
     lists: list[tuple[dict[str, Any], tuple[str, ...]]]
     lists = [(_mapping(data.get("data")), ("train", "validation"))]
+    tune = _mapping(data.get("tune"))
+    examples = _mapping(tune.get("data"))
+    lists += [(examples, ("train", "validation", "test"))]
     lists += [(_mapping(item), ("data",)) for item in (test_sets if isinstance(test_sets, list) else [])]
     for section, keys in lists:
         for key in keys:
             if isinstance(section.get(key), list):
                 section[key] = [_absolute(item, base) for item in section[key]]
     singles = (("data", "tokenizer"), ("trainer", "path"), ("hardware", "identity_file"))
-    for name, key in singles:
-        section = _mapping(data.get(name))
+    found = [(_mapping(data.get(name)), key) for name, key in singles]
+    for section, key in [*found, (examples, "tokenizer"), (tune, "tokenizer")]:
         if isinstance(section.get(key), str) and section[key] not in {"gpt2", "bytes"}:
             section[key] = _absolute(section[key], base)
+    word = tune.get("base")
+    if isinstance(word, str) and (word.startswith((".", "~")) or "/" in word):  # anything else names a run
+        tune["base"] = _absolute(word, base)
 
 
 def _absolute(item: Any, base: pathlib.Path) -> Any:

@@ -11,7 +11,7 @@ import json
 from datetime import UTC, datetime
 from typing import Any
 
-from runs import charges
+from runs import charges, tuning
 from runs.record import NodeRecord, RunRecord
 from runs.rows import usd
 
@@ -137,6 +137,9 @@ def _iso(at: datetime | None) -> str | None:
 
 def validation_set(spec: Any) -> str | None:
     """A name for what a validation loss was measured on: the sources, tokenizer and token count, so that only equals meet."""
+    if spec.get("tune"):
+        examples = tuning.validation_set(spec["tune"])
+        return f"examples-{_short(examples)}" if examples else None
     data, train = spec.get("data", {}), spec.get("train", {})
     if not data.get("validation"):
         return None
@@ -146,4 +149,8 @@ def validation_set(spec: Any) -> str | None:
         train.get("validation_tokens"),
         spec.get("model", {}).get("context_length"),
     ]
-    return f"validation-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:8]}"
+    return f"validation-{_short(what)}"
+
+
+def _short(what: Any) -> str:
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:8]

@@ -108,6 +108,11 @@ def expand(sweep: SweepSpec, folder: Path) -> list[Point]:
     """The runs, in the order of the file, each once. Raises SpecError, which names the override at fault."""
     path = folder / sweep.spec
     base = specs.load(path)
+    if (
+        base.tune is not None
+    ):  # what follows from its base is not known before it was looked at, so runs could not be told apart
+        hint = "Start each with `llmctl launch`; `--on NODE` puts the next one on a node that is kept"
+        raise SpecError([Problem(str(path), None, "tune", "a sweep has runs of pretraining only", hint)])
     seeds: Sequence[int | None] = [None]
     if isinstance(sweep.seeds, int):
         seeds = range(base.train.seed, base.train.seed + sweep.seeds)

@@ -14,9 +14,13 @@ from torch import nn
 
 from trainer import shards
 from trainer.batches import Reader
-from trainer.config import ConfigError, ModelConfig, TestSet
+from trainer.config import ConfigError, EvaluateConfig, ModelConfig, TestSet
 from trainer.distributed import World
+from trainer.progress import log, write_json
 from trainer.shards import Order
+
+SAMPLE_TOKENS = 64
+"""Tokens by which each prompt is continued at the end."""
 
 
 @dataclass(frozen=True)
@@ -142,3 +146,55 @@ def summary(test_set: TestSet, loss: Loss, step: int) -> dict[str, Any]:
         "bits_per_byte": bits,
         "checkpoint_step": step,
     }
+
+
+def slices(
+    model: nn.Module,
+    wanted: EvaluateConfig,
+    config: ModelConfig,
+    *,
+    microbatch_size: int,
+    here: World,
+    step: int,
+    stopped: Callable[[], bool] = lambda: False,
+    moved: Callable[[int], None] = lambda _: None,
+) -> list[dict[str, Any]] | None:
+    """A line of evaluations.json for each test set; None: a rank was told to stop. Every rank calls this. Raises ConfigError,
+    ShardError."""
+    results = []
+    for test_set in wanted.test_sets:
+        if not isinstance(test_set, TestSet):
+            raise ConfigError(
+                "evaluate.test_sets",
+                f"{test_set!r} is a name; config.json needs {{name, data, offset, tokens}}",
+            )
+        result = mean_loss(
+            model, test_set.data, offset=test_set.offset, tokens=test_set.tokens, config=config,
+            microbatch_size=microbatch_size, here=here, stopped=stopped, moved=moved,
+        )  # fmt: skip
+        if result is None:
+            return None
+        results.append(summary(test_set, result, step))
+    return results
+
+
+def samples(path: Path, prompts: Sequence[Sequence[int]], device: torch.device) -> list[dict[str, Any]]:
+    """How the model in `path` continues each prompt, always in the same way."""
+    if not prompts:
+        return []
+    from trainer.sample import generate, load_model
+
+    model, _ = load_model(path, device)
+    return [
+        {"prompt_index": index, "tokens": list(generate(model, prompt, max_tokens=SAMPLE_TOKENS, temperature=0.8, top_k=50, seed=0))}
+        for index, prompt in enumerate(prompts)
+    ]  # fmt: skip
+
+
+def report(out: Path, results: list[dict[str, Any]], texts: list[dict[str, Any]], step: int) -> None:
+    """evaluations.json, and a line of the log for each loss."""
+    write_json(out / "evaluations.json", {"test_sets": results, "samples": texts})
+    for item in results:
+        loss = "not finite" if item["loss"] is None else f"{item['loss']:.4f}"
+        on = f"{item['examples']} examples" if "examples" in item else f"{item['tokens']:,} tokens"
+        log(f"{item['name']}: loss {loss} on {on} (checkpoint of step {step})")

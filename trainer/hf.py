@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trainer import checkpoint, flops
+from trainer import checkpoint, flops, hf_config
 from trainer.config import ConfigError, DataConfig, ModelConfig, TrainConfig, TrainerConfig
 
 _NORMS = {"attention_norm": "ln_1", "feed_forward_norm": "ln_2"}
@@ -80,48 +80,18 @@ def export(checkpoint_dir: Path, to: Path) -> str:
     return kind
 
 
-def is_hf(path: Path) -> bool:
-    """Whether `path` is a folder as transformers writes it."""
-    try:
-        return "model_type" in json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        return False
-
-
 def load(path: Path) -> tuple[dict[str, Tensor], TrainerConfig]:
     """Named weights and configuration of a Hugging Face GPT-2 or Llama folder. Raises ConfigError."""
-    raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    kind = raw["model_type"]
-    refuse_variants(path, raw)
+    model = hf_config.read(path)
+    convert = _from_llama if hf_config.kind(path) == "llama" else _from_gpt2
     try:
-        if kind == "gpt2":
-            model = _from_gpt2_config(raw)
-            weights = dict(_from_gpt2(_tensors(path), model))
-        elif kind == "llama":
-            model = _from_llama_config(raw)
-            weights = dict(_from_llama(_tensors(path), model))
-        else:
-            raise ConfigError(str(path), f"holds a {kind} model; gpt2 and llama can be read")
+        weights = dict(convert(_tensors(path), model))
     except KeyError as error:
         raise ConfigError(str(path), f"lacks {error}") from error
     except SafetensorError as error:
         raise ConfigError(str(path), f"holds weights that cannot be read: {error}") from error
     train = TrainConfig(global_batch_size=1, steps=1, device="cpu", precision="fp32")
     return weights, TrainerConfig(DataConfig(train=["-"]), model, train)
-
-
-def refuse_variants(path: Path, raw: Mapping[str, Any]) -> None:
-    """Raises ConfigError where a configuration computes attention in another way than GPT-2: its weights would load, and
-    mean something else."""
-    for key, plain in (
-        ("scale_attn_weights", True),
-        ("scale_attn_by_inverse_layer_idx", False),
-        ("add_cross_attention", False),
-    ):
-        if raw.get(key, plain) != plain:
-            raise ConfigError(
-                str(path), f"{key} is {raw[key]}; only models with {plain} compute what GPT-2 does"
-            )
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
@@ -196,18 +166,6 @@ def _gpt2_config(model: ModelConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _from_gpt2_config(raw: Mapping[str, Any]) -> ModelConfig:
-    if raw.get("activation_function", "gelu_new") not in {"gelu_new", "gelu_pytorch_tanh"}:
-        raise ConfigError("activation_function", f"{raw['activation_function']} is not GPT-2's tanh GELU")
-    if raw.get("layer_norm_epsilon", 1e-5) != 1e-5:
-        raise ConfigError("layer_norm_epsilon", "must be 1e-5")
-    return ModelConfig(
-        vocab_size=raw.get("vocab_size", 50257), context_length=raw.get("n_positions", 1024), emb_dim=raw.get("n_embd", 768),
-        n_heads=raw.get("n_head", 12), n_layers=raw.get("n_layer", 12), ffn_dim=raw.get("n_inner"), qkv_bias=True,
-        tie_weights=raw.get("tie_word_embeddings", True),
-    )  # fmt: skip
-
-
 def _to_llama(weights: Mapping[str, Tensor], model: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     yield "model.embed_tokens.weight", weights["token_embedding.weight"]
     yield "model.norm.weight", weights["final_norm.weight"]
@@ -243,21 +201,3 @@ def _llama_config(model: ModelConfig) -> dict[str, Any]:
         "attention_bias": model.qkv_bias, "mlp_bias": False, "tie_word_embeddings": model.tie_weights,
         "bos_token_id": None, "eos_token_id": None, "dtype": "float32",
     }  # fmt: skip
-
-
-def _from_llama_config(raw: Mapping[str, Any]) -> ModelConfig:
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    for key, value, wanted in (
-        ("rope_type", rope.get("rope_type", "default"), "default"),
-        ("rms_norm_eps", raw.get("rms_norm_eps", 1e-6), 1e-5),
-        ("attention_bias", raw.get("attention_bias", False), False),
-        ("mlp_bias", raw.get("mlp_bias", False), False),
-    ):
-        if value != wanted:
-            raise ConfigError(key, f"is {value}; only {wanted} can be read")
-    return ModelConfig(
-        vocab_size=raw["vocab_size"], context_length=raw["max_position_embeddings"], emb_dim=raw["hidden_size"],
-        n_heads=raw["num_attention_heads"], n_layers=raw["num_hidden_layers"], n_kv_heads=raw.get("num_key_value_heads"),
-        ffn_dim=raw["intermediate_size"], norm="rms", activation="swiglu", position="rope",
-        rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10000.0)), tie_weights=raw.get("tie_word_embeddings", False),
-    )  # fmt: skip

@@ -16,18 +16,15 @@ from trainer import cache, checkpoint, distributed, ending, flops, manifest, mic
 from trainer import config as configuration
 from trainer.batches import Batches, await_shards
 from trainer.checkpoint import Saved
-from trainer.config import ConfigError, TestSet, TrainerConfig
+from trainer.config import TrainerConfig
 from trainer.ending import NonFiniteError
-from trainer.evaluate import mean_loss, summary
-from trainer.progress import Status, finite, log, step_line, write_json
-from trainer.sample import generate, load_model
+from trainer.evaluate import mean_loss, report, samples, slices
+from trainer.progress import Status, finite, log, step_line
 from trainer.session import Mark, Pending, Run, peak_memory_gib, prepare, restore_model
 from trainer.shards import ShardError
 
 SKIPPED_IN_A_ROW = 10
 """Non-finite steps in a row after which training ends."""
-SAMPLE_TOKENS = 64
-"""Tokens by which each prompt is continued at the end."""
 
 
 def run(config_path: Path, out: Path, *, resume: bool) -> int:
@@ -289,41 +286,13 @@ def _evaluate(run: Run) -> bool:
     path = checkpoints / manifest.directory_name(step)
     if step != run.step:
         restore_model(run, path)
-    results = []
-    for test_set in wanted.test_sets:
-        if not isinstance(test_set, TestSet):
-            raise ConfigError(
-                "evaluate.test_sets",
-                f"{test_set!r} is a name; config.json needs {{name, data, offset, tokens}}",
-            )
-        result = mean_loss(
-            run.module, test_set.data, offset=test_set.offset, tokens=test_set.tokens, config=config.model,
-            microbatch_size=run.microbatch_size, here=here, stopped=lambda: run.stopping, moved=lambda batch: run.tell(progress=batch),
-        )  # fmt: skip
-        if result is None:
-            return False
-        results.append(summary(test_set, result, step))
-        run.tell(progress=None)  # what follows moves at a pace of its own
+    results = slices(
+        run.module, wanted, config.model, microbatch_size=run.microbatch_size, here=here, step=step,
+        stopped=lambda: run.stopping, moved=lambda batch: run.tell(progress=batch),
+    )  # fmt: skip
+    if results is None:
+        return False
+    run.tell(progress=None)  # what follows moves at a pace of its own
     if here.rank == 0:
-        samples = _samples(path, wanted.prompt_tokens, here.device)
-        write_json(run.out / "evaluations.json", {"test_sets": results, "samples": samples})
-        for item in results:
-            log(
-                f"{item['name']}: loss {item['loss']:.4f} on {item['tokens']:,} tokens (checkpoint of step {step})"
-            )
+        report(run.out, results, samples(path, wanted.prompt_tokens, here.device), step)
     return True
-
-
-def _samples(path: Path, prompts: list[list[int]], device: torch.device) -> list[dict[str, Any]]:
-    if not prompts:
-        return []
-    model, _ = load_model(path, device)
-    return [
-        {
-            "prompt_index": index,
-            "tokens": list(
-                generate(model, prompt, max_tokens=SAMPLE_TOKENS, temperature=0.8, top_k=50, seed=0)
-            ),
-        }
-        for index, prompt in enumerate(prompts)
-    ]

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from trainer import checkpoint, hf, manifest
+from trainer import checkpoint, hf, hf_config, manifest
 from trainer.config import ConfigError, TrainerConfig
 from trainer.model import GPT, KeyValues
 
@@ -22,7 +22,7 @@ def load_model(checkpoint_dir: Path, device: str | torch.device = "cpu") -> tupl
     """
     path = Path(checkpoint_dir).resolve()
     try:
-        weights, config = hf.load(path) if hf.is_hf(path) else _ours(path)
+        weights, config = hf.load(path) if hf_config.is_hf(path) else _ours(path)
     except (OSError, SafetensorError) as error:
         raise ConfigError(str(checkpoint_dir), f"cannot be read: {error}") from error
     with torch.device("meta"):

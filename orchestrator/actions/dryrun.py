@@ -64,6 +64,7 @@ def rehearse(spec: RunSpec, limits: Limits, on: str | None = None) -> Rehearsal:
     store = planning.quiet_store()
     node = kept.find(store or Store(default_home()), on) if on is not None else None
     plan = planning.make(store, spec, limits, node)
+    spec = plan.spec
     provider = planning.provider_of(spec, store)
     now = SystemClock().now()
     run = fold_all([_created(spec, limits, now, node.key if node else None), *_started(now)])

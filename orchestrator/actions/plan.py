@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator import exits
-from orchestrator.errors import NoOffer, OverBudget
+from orchestrator.errors import NoOffer, NoSuchRun, OverBudget
 from orchestrator.figures import count, dollars, duration
 from runs.store import Store, default_home
 
@@ -199,25 +199,39 @@ def _uplink(record: RunRecord) -> float | None:
     return sent[-1].sent_bytes / sent[-1].seconds if sent else None
 
 
+def completed(store: Store | None, spec: RunSpec) -> RunSpec:
+    """The spec, with what follows from its base where it has `tune`; a run's checkpoint is fetched if it is not here.
+
+    Raises DataError, Invalid, NoSuchRun, NothingToFetch, SpecError.
+    """
+    if spec.tune is None:
+        return spec
+    from orchestrator.actions import named
+    from orchestrator.data import bases, needed
+
+    if store is None and not named.is_path(spec.tune.base):
+        raise NoSuchRun(spec.tune.base)
+    found = named.find(store, spec.tune.base) if store is not None else None
+    asked = spec.tune.tokenizer if spec.tune.method == "evaluate" else spec.tune.data.tokenizer
+    path = found.path if found is not None else spec.tune.base
+    base = bases.look(path, asked or (found.tokenizer if found is not None else None))
+    home = store.home if store else default_home()
+    run, step = (found.run, found.step) if found is not None else (None, None)
+    return needed.complete(spec, base, home / "cache", run=run, step=step)
+
+
 def data_plan(spec: RunSpec, home: Path) -> tuple[DataPlan | None, list[str]]:
     """The files that the run reads, as far as that can be said without the network; and what could not be looked at.
 
     Raises DataError for data that cannot serve.
     """
-    from orchestrator.data import sources
-    from orchestrator.data.buckets import objects_for
+    from orchestrator.data import needed
     from orchestrator.data.errors import Offline
     from orchestrator.progress import bar
 
     try:
         with bar() as progress:
-            data = sources.resolve_spec(
-                spec.trainer_config(),
-                cache=home / "cache",
-                objects=objects_for(spec.trainer_config()),
-                pinned=False,
-                progress=progress,
-            )
+            data = needed.files(spec, home / "cache", pinned=False, progress=progress)
     except Offline as error:
         return None, [f"the data could not be looked at: {error}"]
     return data, list(data.warnings)
@@ -234,6 +248,7 @@ def make(
     from runs import predict
 
     provider = provider_of(spec, store)
+    spec = completed(store, spec)
     wanted = provider.offers(hardware(spec))
     if on is not None:
         from orchestrator.actions import kept

@@ -50,6 +50,10 @@ class DataPlan:
     train: tuple[Shard, ...]
     validation: tuple[Shard, ...] = ()
     test_sets: tuple[TestSetPlan, ...] = ()
+    tests: tuple[Shard, ...] = ()
+    """Test examples, of tuning."""
+    base: tuple[Shard, ...] = ()
+    """The files of the model that is tuned or measured."""
     prompt_tokens: list[list[int]] = field(default_factory=list)
     needed_tokens: int = 0
     train_tokens: int | None = None
@@ -60,9 +64,11 @@ class DataPlan:
     def shards(self) -> list[Shard]:
         """Each file once, in the order in which training wants them."""
         wanted = [
+            *self.base,
             *self.train[:1],
             *self.validation,
             *self.train[1:],
+            *self.tests,
             *(s for item in self.test_sets for s in item.shards),
         ]
         return list({item.node_name: item for item in wanted}.values())
@@ -70,7 +76,7 @@ class DataPlan:
     @property
     def first(self) -> frozenset[str]:
         """Node names of what must be there before training starts."""
-        return frozenset(item.node_name for item in (*self.train[:1], *self.validation))
+        return frozenset(item.node_name for item in (*self.base, *self.train[:1], *self.validation))
 
     @property
     def epochs(self) -> float | None:
@@ -104,16 +110,18 @@ def resolve(
     data: DataConfig, *, cache: Path, needed_tokens: int, context_length: int = 1024, vocab_size: int | None = None,
     validation_tokens: int = 1_000_000, test_sets: Sequence[TestSet | str] = (), prompts: Sequence[str] = (),
     objects: ObjectStore | None = None, hub: Hub | None = None, pinned: bool = True, progress: Progress = quiet,
+    tokens: bool = True,
 ) -> DataPlan:  # fmt: skip
-    """Which files a run of `needed_tokens` reads. `pinned=False` lets an hf:// name stand for itself where the Hub cannot be
+    """Which files a run of `needed_tokens` reads; without `tokens`, only those of its test sets. `pinned=False` lets an hf:// name stand for itself where the Hub cannot be
     asked (a plan may be made offline; a launch may not). Raises DataError."""
     finder = Finder(cache, data.tokenizer, hub or HttpHub(cache / "hub"), objects, pinned, progress)
     cutter = Cutter(cache, HashCache(cache), context_length, vocab_size, progress)
-    train_files = [found for source in data.train for found in finder.find(source, "train")]
+    listed = data if tokens else DataConfig([])
+    train_files = [found for source in listed.train for found in finder.find(source, "train")]
     train, train_tokens = cutter.share(train_files, -(-needed_tokens // context_length), "data.train")
     validation: tuple[Shard, ...] = ()
-    if data.validation:
-        held_out = [found for source in data.validation for found in finder.find(source, "validation")]
+    if listed.validation:
+        held_out = [found for source in listed.validation for found in finder.find(source, "validation")]
         validation, _ = cutter.share(held_out, -(-validation_tokens // context_length), "data.validation")
     plans = []
     for item in test_sets:
@@ -127,9 +135,8 @@ def resolve(
             raise
         prompt_tokens = []
         finder.warnings.append(f"the prompts were not tokenised: {error}")
-    return DataPlan(
-        train, validation, tuple(plans), prompt_tokens, needed_tokens, train_tokens, tuple(finder.warnings)
-    )
+    return DataPlan(train, validation, tuple(plans), prompt_tokens=prompt_tokens, needed_tokens=needed_tokens,
+                    train_tokens=train_tokens, warnings=tuple(finder.warnings))  # fmt: skip
 
 
 def _named(name: str) -> TestSet:
@@ -178,6 +185,8 @@ def load_plan(path: Path) -> DataPlan | None:
     raw.update(
         train=_shards(raw["train"]),
         validation=_shards(raw["validation"]),
+        tests=_shards(raw.get("tests", [])),
+        base=_shards(raw.get("base", [])),
         test_sets=tuple(tests),
         warnings=tuple(raw["warnings"]),
     )

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 from orchestrator.clock import Clock, SystemClock
-from orchestrator.data import sources
+from orchestrator.data import needed, sources
 from orchestrator.data.buckets import objects_for
 from orchestrator.driver.awake import inhibit_sleep
 from orchestrator.driver.loop import Driver, drive, take_over, write_heartbeat
@@ -98,7 +98,7 @@ def plan_of(home: Path, run: str, spec: RunSpec) -> prepare.Plan:
     objects = objects_for(spec.trainer_config())
     data = sources.load_plan(run_dir(home, run) / "data.json")
     if data is None:
-        data = sources.resolve_spec(spec.trainer_config(), cache=home / "cache", objects=objects)
+        data = needed.files(spec, home / "cache")
         sources.save_plan(data, run_dir(home, run) / "data.json")
     return prepare.Plan(
         home,
@@ -107,6 +107,7 @@ def plan_of(home: Path, run: str, spec: RunSpec) -> prepare.Plan:
         prepare.trainer_path(spec.to_dict()),
         prepare.secret_values(spec.node.secrets),
         objects,
+        spec,
     )
 
 

@@ -91,14 +91,10 @@ def state_of(store: Store, run: str) -> str:
 
 def resolve(home: Path, spec: RunSpec) -> DataPlan:
     """The files that the run reads; built-in and text sources are tokenised now. Raises DataError."""
-    from orchestrator.data import sources
-    from orchestrator.data.buckets import objects_for
+    from orchestrator.data import needed
 
     with bar() as progress:
-        config = spec.trainer_config()
-        return sources.resolve_spec(
-            config, cache=home / "cache", objects=objects_for(config), progress=progress
-        )
+        return needed.files(spec, home / "cache", progress=progress)
 
 
 def say_plan(plan: Plan) -> None:

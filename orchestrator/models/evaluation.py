@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.data.bases import fitting
 from orchestrator.data.errors import DataError
 from orchestrator.errors import Invalid
-from orchestrator.models.load import Opened, fitting
+from orchestrator.models.load import Opened
 
 if TYPE_CHECKING:
     from torch import Tensor

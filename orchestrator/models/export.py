@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from orchestrator.data.bases import byte_vocabulary, fitting, tokenizer_of
 from orchestrator.errors import Invalid
-from orchestrator.models.load import byte_vocabulary, fitting, need_torch, tokenizer_of
+from orchestrator.models.load import need_torch
 
 END_OF_TEXT = "<|endoftext|>"
 _GPT2_FILES = {

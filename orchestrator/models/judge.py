@@ -14,8 +14,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from orchestrator.data import examples
+from orchestrator.data.templates import Turn
 from orchestrator.errors import Usage
-from orchestrator.models import chat, judge_prompt, judge_table, tuning
+from orchestrator.models import chat, judge_prompt, judge_table
 from orchestrator.models.judge_client import Client, Endpoint, JudgeError, micro_usd
 from orchestrator.models.judge_file import Lines
 from orchestrator.models.judge_prompt import Question
@@ -37,7 +39,7 @@ def _quiet(_what: str, _done: int, _total: int) -> None:
 def questions_of(source: str, limit: int | None = None) -> list[Question]:
     """The items of an Alpaca file, or of the test part of a built-in set. Raises DataError naming the line."""
     part = "test" if source.startswith("builtin:") else None
-    items = tuning.read(source, "instruction", part)[:limit]
+    items = examples.read(source, "instruction", part)[:limit]
     return [
         Question(
             f"{index:05d}-{_digest([item.instruction, item.context])[:8]}",
@@ -73,7 +75,7 @@ def respond(
             opened = opening() if missing else None
             for done, question in enumerate(missing):
                 assert opened is not None
-                turn = chat.Turn(question.instruction, question.context)
+                turn = Turn(question.instruction, question.context)
                 text = "".join(chat.respond(opened, [turn], how, name=template)).strip()
                 lines.append({"key": key, "model": name, "question": question.id, "response": text})
                 mine[question.id] = text

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.data import bases
 from orchestrator.models import judge, judge_table, measuring
 from orchestrator.models import load as models
 from orchestrator.models.judge import Endpoint, JudgeError, Question
@@ -44,7 +45,7 @@ def run(
     models.need_torch(ask.device)
     folder = store.home / "judge"
     how = Drawing(temperature=0.0, tokens=ask.tokens)
-    panel = {item.name: (models.identity(item.path), _opening(item, ask.device)) for item in found}
+    panel = {item.name: (bases.identity(item.path), _opening(item, ask.device)) for item in found}
     responses = judge.respond(panel, asked, folder, how=how, template=ask.template, progress=progress)
     table = judge.judge(
         asked, responses, ask.endpoint, folder, repeats=ask.repeats, seed=ask.seed, progress=progress

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.data.bases import fitting
+from orchestrator.data.templates import Turn
 from orchestrator.errors import Invalid, Usage
 from orchestrator.models import chat
 from orchestrator.models import load as models
@@ -72,7 +74,7 @@ def document(samples: Sequence[Sequence[dict[str, Any]]]) -> Any:
 def _of_model(found: Found, prompts: Sequence[str], ask: Ask, say: Say) -> list[dict[str, Any]]:
     ready, how, talk = opened(found, ask.device, ask.tokenizer), ask.how, ask.talk
     for prompt in prompts:
-        models.prompt_tokens(ready, _rendered(ready, [chat.Turn(prompt)], talk) if talk else prompt)
+        models.prompt_tokens(ready, _rendered(ready, [Turn(prompt)], talk) if talk else prompt)
     template = chat.template_of(ready, talk.template).name if talk else None
     return [
         {"run": found.run, "path": str(found.path), "step": found.step, "prompt": prompt,
@@ -85,10 +87,10 @@ def _of_model(found: Found, prompts: Sequence[str], ask: Ask, say: Say) -> list[
 def _stream(ready: Opened, prompt: str, how: Drawing, talk: Talk | None) -> Iterator[str]:
     if talk is None:
         return models.stream(ready, prompt, how)
-    return chat.respond(ready, [chat.Turn(prompt)], how, name=talk.template, system=talk.system)
+    return chat.respond(ready, [Turn(prompt)], how, name=talk.template, system=talk.system)
 
 
-def _rendered(ready: Opened, turns: Sequence[chat.Turn], talk: Talk) -> str:
+def _rendered(ready: Opened, turns: Sequence[Turn], talk: Talk) -> str:
     if not turns[-1].instruction.strip():
         raise Invalid("the prompt is empty", "say what the model is to do")
     return chat.template_of(ready, talk.template).render(turns, talk.system)
@@ -112,12 +114,12 @@ def converse(store: Store, ask: Ask, lines: Iterable[str], say: Say, cue: Callab
     ready, talk = opened(find(store, ask.models[0], ask.which), ask.device, ask.tokenizer), ask.talk
     chat.template_of(ready, talk.template)
     cue()
-    turns: list[chat.Turn] = []
+    turns: list[Turn] = []
     count = 0
     for line in lines:
         if not line.strip():
             continue
-        turns.append(chat.Turn(line.strip()))
+        turns.append(Turn(line.strip()))
         while len(turns) > 1 and _too_long(ready, turns, talk):
             turns = turns[1:]
         stream = chat.respond(ready, turns, ask.how, name=talk.template, system=talk.system)
@@ -128,6 +130,6 @@ def converse(store: Store, ask: Ask, lines: Iterable[str], say: Say, cue: Callab
     return count
 
 
-def _too_long(ready: Opened, turns: Sequence[chat.Turn], talk: Talk) -> bool:
-    tokenizer = models.fitting(ready.tokenizer, ready.config.model.vocab_size)
+def _too_long(ready: Opened, turns: Sequence[Turn], talk: Talk) -> bool:
+    tokenizer = fitting(ready.tokenizer, ready.config.model.vocab_size)
     return len(tokenizer.encode(_rendered(ready, turns, talk))) > ready.config.model.context_length

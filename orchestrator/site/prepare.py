@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import trainer
-from orchestrator.data import sources
+from orchestrator.data import needed, sources
 from orchestrator.remote import transfer
 from orchestrator.remote.connection import CommandFailed
 from orchestrator.remote.node import Remote
@@ -30,6 +30,7 @@ from orchestrator.site.start import bare, directory
 from provisioning.base import ProviderError
 from provisioning.objects import S3
 from runs.record import NodeRecord, RunRecord
+from runs.sections import RunSpec
 from trainer import config, manifest
 
 DATA = "~/llmctl/data"
@@ -62,6 +63,8 @@ class Plan:
     secrets: dict[str, str] = field(default_factory=dict, repr=False)
     objects: S3 | None = None
     """The buckets that the run reads or pushes to; None: none."""
+    spec: RunSpec | None = None
+    """Of a run that tunes or measures a model: its section is what the trainer reads."""
 
     def decode(self, tokens: list[int]) -> str:
         """Text of tokens, by the run's tokenizer."""
@@ -375,6 +378,9 @@ def node_config(plan: Plan, run: RunRecord) -> dict[str, Any]:
         for item in plan.data.test_sets
     ]
     values["evaluate"]["prompt_tokens"] = plan.data.prompt_tokens
+    if plan.spec is not None and plan.spec.tune is not None:
+        section = needed.node_section(plan.spec, plan.data, up)
+        return {**section, "checkpoint": values["checkpoint"], "evaluate": values["evaluate"]}
     chosen = run.attempt.microbatch_size if run.attempt else None
     if chosen is not None:
         values["train"]["microbatch_size"] = chosen

@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from orchestrator.remote.node import Remote
+from runs import tuning
 from runs.record import RunRecord
 
 SECRETS_FILE = "secrets.env"
@@ -99,7 +100,7 @@ def job(run: RunRecord, how: Start, secrets_file: str | None) -> dict[str, Any]:
         meeting = [*rendezvous(how.token, how.addresses, how.rank), "--tee", "3", "--log-dir", "ranks"]
         env = {**interface_env(how.interface), "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": RANK_PREFIX}
     argv = [how.environment["python"], "-m", "torch.distributed.run", *meeting, "--nproc-per-node", str(processes),
-            "--max-restarts", "0", "-m", "trainer", "train", "--config", "config.json", "--out", "."]  # fmt: skip
+            "--max-restarts", "0", "-m", *tuning.entry(run.spec), "--config", "config.json", "--out", "."]  # fmt: skip
     threads = max(1, how.cpus // processes) if run.spec["train"]["device"] == "cpu" else 1
     env = {
         **env,

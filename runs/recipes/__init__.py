@@ -8,7 +8,18 @@ from __future__ import annotations
 from importlib import resources
 
 DEFAULT = "quickstart"
-_ORDER = (DEFAULT, "speedrun", "gpt2", "1xrtx3090", "8xa100-40gb", "8xa100-80gb", "8xh100", "8xb200")
+_ORDER = (
+    DEFAULT,
+    "finetune",
+    "evaluate",
+    "speedrun",
+    "gpt2",
+    "1xrtx3090",
+    "8xa100-40gb",
+    "8xa100-80gb",
+    "8xh100",
+    "8xb200",
+)
 
 
 class UnknownRecipe(KeyError):

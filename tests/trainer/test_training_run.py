@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.trainer.conftest import MODEL, losses, records, status
-from trainer import cache, checkpoint, loop, manifest
+from trainer import cache, checkpoint, evaluate, loop, manifest
 from trainer.batches import Reader
 from trainer.config import load
 from trainer.session import can_compile
@@ -59,7 +59,7 @@ def test_a_run_from_end_to_end(
     assert found["tokens"] == 777
     assert found["bits_per_byte"] == pytest.approx(found["loss"] / math.log(2))
     assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
-    assert len(evaluations["samples"][0]["tokens"]) == loop.SAMPLE_TOKENS
+    assert len(evaluations["samples"][0]["tokens"]) == evaluate.SAMPLE_TOKENS
     system = records(out, "system")[0]
     assert system["world_size"] == 1
     assert system["microbatch_size"] == 4

@@ -11,20 +11,22 @@ from typing import Any
 import pytest
 import torch
 
+from orchestrator.data import templates
+from orchestrator.data.templates import Turn
 from orchestrator.errors import Invalid, Usage
 from orchestrator.models import chat, judge
-from orchestrator.models.chat import Turn, respond, template_of
+from orchestrator.models.chat import respond, template_of
 from orchestrator.models.load import Drawing, Opened, open_model
 from tests.unit.test_models import MODEL, one_thread, write  # noqa: F401
 from trainer.config import Tuned
 
 
 def test_alpaca_with_and_without_an_input() -> None:
-    assert chat.prompt("alpaca", "Name a colour.") == (
+    assert templates.prompt("alpaca", "Name a colour.") == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nName a colour.\n\n### Response:\n"
     )
-    assert chat.prompt("alpaca", "Translate.", "rouge") == (
+    assert templates.prompt("alpaca", "Translate.", "rouge") == (
         "Below is an instruction that describes a task, paired with an input that provides further context. Write a response that "
         "appropriately completes the request.\n\n### Instruction:\nTranslate.\n\n### Input:\nrouge\n\n### Response:\n"
     )
@@ -32,7 +34,7 @@ def test_alpaca_with_and_without_an_input() -> None:
 
 def test_llama2_with_a_system_text_and_a_conversation() -> None:
     turns = [Turn("Hello", answer="Hi!"), Turn("Name a colour.")]
-    assert chat.template("llama2").render(turns, "Be brief.") == (
+    assert templates.template("llama2").render(turns, "Be brief.") == (
         "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHello [/INST] Hi! </s><s>[INST] Name a colour. [/INST]"
     )
     assert chat.answered([Turn("Name a colour.")], "Red.") == [Turn("Name a colour.", "", "Red.")]
@@ -80,7 +82,7 @@ def test_an_answer_ends_where_the_format_ends_it(
     opened, model = scripted(says, tmp_path, template)
     how = Drawing(temperature=0, tokens=10 if says == "Red" else 100)
     assert "".join(respond(opened, [Turn("Name a colour.")], how)) == expected
-    assert model.prompts[0] == chat.prompt(template, "Name a colour.").encode()
+    assert model.prompts[0] == templates.prompt(template, "Name a colour.").encode()
 
 
 def test_a_model_without_a_format_asks_for_one(tmp_path: Path) -> None:

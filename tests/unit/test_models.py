@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from orchestrator.data import bases
 from orchestrator.data.errors import DataError, Offline
 from orchestrator.errors import Invalid
 from orchestrator.models import load as models
@@ -99,18 +100,18 @@ def test_a_folder_without_a_tokenizer_is_known_by_its_vocabulary_or_not_at_all(
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     for vocabulary, name in ((50257, "gpt2"), (256, "bytes")):
         config = TrainerConfig(DataConfig(["-"]), ModelConfig(vocab_size=vocabulary), TrainConfig(1, steps=1))
-        assert models.tokenizer_of(tmp_path, config) == name
+        assert bases.tokenizer_of(tmp_path, config) == name
 
 
 def test_a_tokenizer_file_is_recognised_by_what_is_in_it(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
-    path.write_text(json.dumps({"model": {"vocab": models.byte_vocabulary(), "merges": []}}))
-    assert models._of_file(path) == "bytes"
+    path.write_text(json.dumps({"model": {"vocab": bases.byte_vocabulary(), "merges": []}}))
+    assert bases._of_file(path) == "bytes"
     path.write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}}))
-    assert models._of_file(path) == str(path)
+    assert bases._of_file(path) == str(path)
     path.write_text("{")
     with pytest.raises(Invalid, match=r"is no tokenizer\.json"):
-        models._of_file(path)
+        bases._of_file(path)
 
 
 def test_gpt2_s_own_merges_are_gpt2(tmp_path: Path) -> None:
@@ -120,9 +121,9 @@ def test_gpt2_s_own_merges_are_gpt2(tmp_path: Path) -> None:
     merges = [line.split(" ") for line in text.split("\n")[1:] if line]
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps({"model": {"vocab": {}, "merges": merges}}))
-    assert models._of_file(path) == "gpt2"
+    assert bases._of_file(path) == "gpt2"
     path.write_text(json.dumps({"model": {"vocab": {}, "merges": merges[:-1]}}))
-    assert models._of_file(path) == str(path)
+    assert bases._of_file(path) == str(path)
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(ours: Path, gpt2_vocabulary: None) -> None:
@@ -154,9 +155,9 @@ def test_what_is_no_model_is_said(tmp_path: Path, ours: Path) -> None:
 
 
 def test_a_model_is_known_by_its_weights(ours: Path, theirs: Path, tmp_path: Path) -> None:
-    assert models.identity(ours) == models.identity(write(tmp_path / "same"))
+    assert bases.identity(ours) == bases.identity(write(tmp_path / "same"))
     other = write(tmp_path / "other", ModelConfig(**{**vars(MODEL), "n_heads": 4}))
-    assert len({models.identity(path) for path in (ours, other, theirs)}) == 3
+    assert len({bases.identity(path) for path in (ours, other, theirs)}) == 3
 
 
 def test_a_model_on_the_hub_is_fetched_by_name(theirs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

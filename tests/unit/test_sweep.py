@@ -34,6 +34,16 @@ def test_every_combination_is_a_run_once(tmp_path: Path) -> None:
     assert len(points(tmp_path)) == 1
 
 
+def test_a_sweep_over_tune_is_refused(tmp_path: Path) -> None:
+    """The runs could not be told apart before their base was looked at."""
+    from runs import recipes
+
+    (tmp_path / "run.yaml").write_text(recipes.text("finetune"), encoding="utf-8")
+    (tmp_path / "sweep.yaml").write_text(json.dumps(BASE | {"seeds": 2}), encoding="utf-8")
+    with pytest.raises(SpecError, match="pretraining only"):
+        sweep.expand(sweep.load(tmp_path / "sweep.yaml"), tmp_path)
+
+
 def test_a_run_is_known_again_whatever_it_may_spend_and_whatever_becomes_of_its_node(tmp_path: Path) -> None:
     (point,) = points(tmp_path)
     values = point.spec.to_dict()

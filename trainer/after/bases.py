@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from trainer import checkpoint, hf, manifest
+from trainer import checkpoint, hf, hf_config, manifest
 from trainer.config import ConfigError, ModelConfig, TrainerConfig
 from trainer.model import GPT
 
@@ -37,7 +37,7 @@ def load(name: str | Path) -> Base:
             "base", f"{path} is no directory; give a checkpoint (step-000500) or a Hugging Face folder"
         )
     try:
-        if hf.is_hf(path):
+        if hf_config.is_hf(path):
             return Base(path, *hf.load(path))
         return _ours(path)
     except (OSError, SafetensorError) as error:

@@ -9,13 +9,14 @@ from typing import Any, cast
 import torch
 
 from trainer import config as configuration
-from trainer import distributed, schedule
+from trainer import distributed, manifest, schedule
 from trainer.after import examples, saving
 from trainer.after.examples import Example
 from trainer.after.work import Session
 from trainer.ending import NonFiniteError
+from trainer.evaluate import report, samples, slices
 from trainer.loop import SKIPPED_IN_A_ROW
-from trainer.progress import finite, log, step_line, write_json
+from trainer.progress import finite, log, step_line
 from trainer.session import Mark, peak_memory_gib
 
 ADAPTERS = "adapter.safetensors"
@@ -154,13 +155,15 @@ def _validate(session: Session[Example]) -> float | None:
     return finite(means[0])
 
 
-def evaluate(session: Session[Example]) -> None:
-    """The test sets with the best epoch's weights; evaluations.json."""
-    work, here = session.work, session.here
+def evaluate(session: Session[Example]) -> bool:
+    """The test sets with the best epoch's weights, and how it continues the prompts; evaluations.json. False: interrupted by
+    a stop."""
+    work, here, wanted = session.work, session.here, session.work.config.evaluate
     step = session.best[0] if session.best else session.step
+    path = session.out / "checkpoints" / manifest.directory_name(step)
     if step != session.step:
         if here.rank == 0:
-            saving.restore(work, None, session.out / "checkpoints" / f"step-{step:06d}")
+            saving.restore(work, None, path)
         distributed.from_rank_0([p.data for p in work.trainable().values()], here)
     results = []
     for name, items in work.test.items():
@@ -170,11 +173,17 @@ def evaluate(session: Session[Example]) -> None:
             "name": name, "loss": finite(means[0]), "examples": len(items), "tokens": sum(work.weigh(item) for item in items),
             "checkpoint_step": step, **_named(work.columns[1:], means[1:]),
         })  # fmt: skip
+    if wanted.test_sets:
+        session.tell(state="evaluating")
+        more = slices(
+            work.language_model(), wanted, work.model, microbatch_size=session.microbatch_size, here=here, step=step,
+            stopped=lambda: session.stopping,
+        )  # fmt: skip
+        if more is None:
+            return False
+        results += more
     if here.rank == 0:
         if work.adapters is not None:
             work.adapters.save(session.out / ADAPTERS)
-        write_json(session.out / "evaluations.json", {"test_sets": results, "samples": []})
-        for item in results:
-            log(
-                f"{item['name']}: loss {item['loss']} on {item['examples']} examples (checkpoint of step {step})"
-            )
+        report(session.out, results, samples(path, wanted.prompt_tokens, here.device), step)
+    return True

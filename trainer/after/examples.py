@@ -148,4 +148,5 @@ def order(count: int, seed: int, epoch: int) -> list[int]:
 
 def set_name(path: str) -> str:
     """The name of a test set: the file's stem and the beginning of its hash, so that only equal sets meet."""
-    return f"{Path(path).stem}-{hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]}"
+    stem, digest = Path(path).stem, hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+    return stem if stem.endswith(f"-{digest}") else f"{stem}-{digest}"

@@ -20,14 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from trainer.after.settings import LoraConfig
+from trainer.after.settings import TARGETS, LoraConfig
 from trainer.config import ConfigError
 from trainer.model import GPT
-
-TARGETS = {
-    "query": "attention.query", "key": "attention.key", "value": "attention.value", "output": "attention.output",
-    "up": "feed_forward.up", "gate": "feed_forward.gate", "down": "feed_forward.down",
-}  # fmt: skip
 
 
 class LowRank(nn.Module):

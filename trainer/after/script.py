@@ -74,16 +74,26 @@ def facts(settings: Settings, start: Start, adapters: Adapters | None) -> dict[s
             "targets": adapters.config.targets,
         }
     )
-    return {"base": settings.base, "lora": lora, "examples_cut": start.limits.cut}
+    known = settings.known
+    return {
+        "base": known.run or known.path if known else settings.base,
+        "lora": lora,
+        "examples_cut": start.limits.cut,
+    }
 
 
-def main(name: str, build: Callable[[Path], Work[Example]], argv: Sequence[str] | None) -> int:
-    """Parse the command line and run; the exit code."""
+def command_line(name: str, argv: Sequence[str] | None) -> argparse.Namespace:
+    """`--config FILE --out DIR [--resume]`."""
     parser = argparse.ArgumentParser(prog=name)
     parser.add_argument("--config", type=Path, required=True, help="config.json")
     parser.add_argument(
         "--out", type=Path, required=True, help="directory for metrics, status and checkpoints"
     )
     parser.add_argument("--resume", action="store_true", help="go on from the last whole checkpoint in --out")
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(name: str, build: Callable[[Path], Work[Example]], argv: Sequence[str] | None) -> int:
+    """Parse the command line and run; the exit code."""
+    options = command_line(name, argv)
     return session.run(build, options.config, options.out, resume=options.resume)

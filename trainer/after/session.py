@@ -32,6 +32,11 @@ MICROBATCH = 8
 """Examples per forward where the configuration names no number."""
 
 
+def microbatch(share: int, wanted: int | None) -> int:
+    """Examples per forward: as wanted, or the largest divisor of a process's share up to MICROBATCH."""
+    return wanted or max(number for number in configuration.divisors(share) if number <= MICROBATCH)
+
+
 def run(build: Callable[[Path], Work[Example]], config_path: Path, out: Path, *, resume: bool) -> int:
     """Tune as `config_path` says, into `out`; the exit code. Every rank runs this."""
 
@@ -57,7 +62,7 @@ def _tune(
         if session.writer is not None:
             session.writer.wait()
         if not stopped:
-            epochs.evaluate(session)
+            stopped = not epochs.evaluate(session)
         session.record(
             {
                 "kind": "system",
@@ -75,8 +80,7 @@ def _prepare(
 ) -> Session[Example]:
     config, train = work.config, work.config.train
     configuration.check_batch(train, here.size)
-    share = train.global_batch_size // here.size
-    size = work.settings.microbatch_size or max(d for d in configuration.divisors(share) if d <= MICROBATCH)
+    size = microbatch(train.global_batch_size // here.size, work.settings.microbatch_size)
     set_up_process(config)
     checkpoints = out / "checkpoints"
     if not resume and checkpoints.is_dir() and checkpoint.steps(checkpoints):

@@ -1,17 +1,23 @@
-"""The configurations of the scripts in this package, read and checked like the trainer's own. Standard library only."""
+"""What may be done with a checkpoint: the spec's section `tune`, one class a method, and the config.json of each script.
+
+Standard library only. As with `trainer.config`, pydantic validates the classes of the section where a RunSpec embeds them;
+a script's config.json is its section with the node's paths and the spec's `checkpoint` and `evaluate` beside it.
+"""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from trainer import config as configuration
 from trainer.config import (
+    FORBID,
     CheckpointConfig,
     ConfigError,
     DataConfig,
+    EvaluateConfig,
     ModelConfig,
     TrainConfig,
     TrainerConfig,
@@ -21,25 +27,29 @@ from trainer.config import (
 
 @dataclass(frozen=True)
 class TuneData:
-    """Examples as JSON lines of token numbers; see `trainer.after.examples`."""
+    """Examples. In a spec: files of text or `builtin:NAME`. On the node: JSON lines of token numbers (`trainer.after.examples`)."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID
 
     train: list[str]
-    """Files of training examples."""
-    validation: list[str]
-    """Files of held-out examples: they choose the best epoch and end the run."""
+    """Training examples: files, or `builtin:instructions` (finetune), `builtin:reviews` (classify), `builtin:preferences` (dpo)."""
+    validation: list[str] = field(default_factory=list)
+    """Held-out examples, which choose the best epoch and end the run; empty: a built-in set's own part, of other files every tenth item."""
     test: list[str] = field(default_factory=list)
-    """Files on which the best epoch is measured at the end, each under a name of its own."""
-    tokenizer: str = "gpt2"
-    """What the tokens mean; recorded in the checkpoint."""
+    """Files on which the best epoch is measured at the end, each under a name of its own; a built-in set brings its own."""
+    tokenizer: str | None = None
+    """`gpt2`, `bytes` or the path of a tokenizer.json; null: the base's own."""
     template: str | None = None
-    """The chat template of the examples; recorded in the checkpoint."""
+    """`alpaca` or `llama2`: how a request becomes a prompt; null: the base's own where it was tuned, else alpaca."""
     max_length: int | None = None
-    """Longest sequence; null: the model's context. Longer examples are cut at the end."""
+    """Longest sequence in tokens; null: the model's context. Longer examples are cut at the end."""
 
 
 @dataclass(frozen=True)
 class TuneTrain:
     """How an existing model is trained on."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID
 
     epochs: int = 3
     """Passes over the training examples, at most."""
@@ -83,6 +93,8 @@ class TuneTrain:
 class LoraConfig:
     """Low-rank adapters (Hu et al., LoRA, 2021): W + alpha/rank · B·A with only A and B trained."""
 
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID
+
     rank: int = 16
     """Rows of A and columns of B."""
     alpha: float = 16.0
@@ -92,54 +104,176 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
-    """config.json of `trainer.after.finetune`."""
+class Known:
+    """What llmctl found out about the base and the examples before the run began."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID
+
+    path: str
+    """The base as it is on the machine that launched the run."""
+    sha256: str
+    """Of the base's manifest, or of its weight files where it has none."""
+    run: str | None = None
+    """The run that the base is a checkpoint of."""
+    step: int | None = None
+    """The base's step."""
+    examples: int = 0
+    """Training examples."""
+    epoch_tokens: int = 0
+    """Tokens of one pass over them, the padding not counted."""
+    held_out: str | None = None
+    """SHA-256 of the held-out examples as tokens: validation losses are compared only under one."""
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """Instruction tuning: the next token of a response."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID
 
     base: str
-    """The checkpoint to start from, ours or a GPT-2-shaped Hugging Face folder."""
+    """The model to start from: a run (its best checkpoint), the folder of a checkpoint or of a Hugging Face model, or `hf://owner/name`."""
     data: TuneData
+    """Examples: Alpaca-style JSON lines, or one JSON list: instruction, input, output."""
+    method: Literal["finetune"] = "finetune"
+    """Instruction tuning."""
     train: TuneTrain = field(default_factory=TuneTrain)
+    """How the model is trained on."""
     lora: LoraConfig | None = None
     """Train adapters instead of the weights."""
     mask_prompt: bool = True
     """Count the loss of the response only; false: of the prompt too."""
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    known: Known | None = None
+    """Written by llmctl."""
 
 
 @dataclass(frozen=True)
-class ClassifyConfig:
-    """config.json of `trainer.after.classify`."""
+class Classify:
+    """Classification with a new head in place of the language model's."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID
 
     base: str
-    """The checkpoint to start from, ours or a GPT-2-shaped Hugging Face folder."""
-    classes: list[str]
-    """The labels in the order of their numbers."""
+    """The model to start from: a run (its best checkpoint), the folder of a checkpoint or of a Hugging Face model, or `hf://owner/name`."""
     data: TuneData
+    """Examples: JSON lines of text and label."""
+    method: Literal["classify"] = "classify"
+    """A new head over classes."""
+    classes: list[str] = field(default_factory=list)
+    """The labels in the order of their numbers; empty: those of the training examples, sorted."""
     train: TuneTrain = field(default_factory=TuneTrain)
+    """How the model is trained on."""
     trainable: Literal["all", "last_block", "head"] = "last_block"
     """What is trained besides the new head; last_block includes the final norm."""
     lora: LoraConfig | None = None
     """Train adapters and the head, whatever `trainable` says."""
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    known: Known | None = None
+    """Written by llmctl."""
 
 
 @dataclass(frozen=True)
-class DpoConfig:
-    """config.json of `trainer.after.dpo`."""
+class Dpo:
+    """Preference tuning (DPO), the step after instruction tuning."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID
 
     base: str
-    """The checkpoint to start from, and the reference that the loss compares with."""
+    """The model to start from, and the reference that the loss compares with: a run, a folder, or `hf://owner/name`."""
     data: TuneData
+    """Examples: as for finetune, with chosen and rejected in place of output."""
+    method: Literal["dpo"] = "dpo"
+    """Preference tuning."""
     train: TuneTrain = field(default_factory=lambda: TuneTrain(learning_rate=5e-7, epochs=1))
+    """How the model is trained on; unless it is given, learning_rate is 5e-7 and epochs is 1."""
     beta: float = 0.1
     """How strongly the model is held to the reference."""
     lora: LoraConfig | None = None
     """Train adapters instead of the weights."""
+    known: Known | None = None
+    """Written by llmctl."""
+
+
+@dataclass(frozen=True)
+class MeasureTrain:
+    """How a checkpoint is measured."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID
+
+    global_batch_size: int = 64
+    """Sequences per forward over all processes; the losses do not depend on it."""
+    microbatch_size: int | None = None
+    """Sequences per forward on one process; null: the largest divisor of its share up to 8."""
+    precision: Literal["bf16", "fp32"] = "fp32"
+    """Compute type."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """Never falls back from one to the other in silence."""
+    processes_per_node: int | None = None
+    """Processes of torchrun on each node; null: one per GPU (cpu: one)."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """No training: a checkpoint is measured on the test sets of `evaluate`, and continues its prompts."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID
+
+    base: str
+    """The model that is measured: a run (its best checkpoint), the folder of a checkpoint or of a Hugging Face model, or `hf://owner/name`."""
+    method: Literal["evaluate"] = "evaluate"
+    """Measure only."""
+    train: MeasureTrain = field(default_factory=MeasureTrain)
+    """How it is computed."""
+    tokenizer: str | None = None
+    """`gpt2`, `bytes` or the path of a tokenizer.json; null: the base's own."""
+    known: Known | None = None
+    """Written by llmctl."""
+
+
+Tune = Finetune | Classify | Dpo | Measure
+"""The spec's section `tune`, told apart by `method`."""
+METHODS: dict[str, type[Any]] = {"finetune": Finetune, "classify": Classify, "dpo": Dpo, "evaluate": Measure}
+"""By method, which is also the name of the script in this package."""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(Finetune):
+    """config.json of `trainer.after.finetune`."""
+
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+@dataclass(frozen=True)
+class ClassifyConfig(Classify):
+    """config.json of `trainer.after.classify`."""
+
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+@dataclass(frozen=True)
+class DpoConfig(Dpo):
+    """config.json of `trainer.after.dpo`."""
+
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+@dataclass(frozen=True)
+class MeasureConfig(Measure):
+    """config.json of `trainer.after.evaluate`."""
+
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
 Settings = FinetuneConfig | ClassifyConfig | DpoConfig
-T = TypeVar("T", FinetuneConfig, ClassifyConfig, DpoConfig)
+TARGETS = {
+    "query": "attention.query", "key": "attention.key", "value": "attention.value", "output": "attention.output",
+    "up": "feed_forward.up", "gate": "feed_forward.gate", "down": "feed_forward.down",
+}  # fmt: skip
+"""The linear maps of a block that LoRA may adapt, and where they are."""
+T = TypeVar("T", FinetuneConfig, ClassifyConfig, DpoConfig, MeasureConfig)
 
 
 def load(kind: type[T], path: Path) -> T:
@@ -151,33 +285,46 @@ def load(kind: type[T], path: Path) -> T:
     except ValueError as error:
         raise ConfigError(str(path), f"is not JSON: {error}") from error
     settings: T = configuration.from_dict(kind, raw, "")
-    _check(settings)
+    check(settings)
+    if not isinstance(settings, MeasureConfig):
+        _require(
+            bool(settings.data.validation),
+            "data.validation",
+            "names no file; without one no epoch is better than another",
+        )
+    if isinstance(settings, ClassifyConfig):
+        _require(len(settings.classes) >= 2, "classes", "must be at least two different labels")
     return settings
 
 
-def _check(settings: Settings) -> None:
-    train, lora = settings.train, settings.lora
+def check(settings: Tune) -> None:
+    """What a section may not say although each of its keys is well-formed. Raises ConfigError naming the key."""
+    train = settings.train
+    _require(train.global_batch_size >= 1, "train.global_batch_size", "must be at least 1")
+    size = train.microbatch_size
+    _require(size is None or size >= 1, "train.microbatch_size", "must be at least 1")
+    if isinstance(settings, Measure):
+        return
+    assert isinstance(train, TuneTrain)
     _require(bool(settings.data.train), "data.train", "names no file")
-    _require(
-        bool(settings.data.validation),
-        "data.validation",
-        "names no file; without one no epoch is better than another",
-    )
-    for name in ("epochs", "patience", "global_batch_size", "log_every"):
+    for name in ("epochs", "patience", "log_every"):
         _require(getattr(train, name) >= 1, f"train.{name}", "must be at least 1")
     _require(0 <= train.drop_rate < 1, "train.drop_rate", "must be in [0, 1)")
-    if lora is not None:
-        _require(lora.rank >= 1, "lora.rank", "must be at least 1")
-        _require(lora.alpha > 0, "lora.alpha", "must be positive")
-        _require(bool(lora.targets), "lora.targets", "names nothing to adapt")
-    if isinstance(settings, ClassifyConfig):
-        _require(
-            len(set(settings.classes)) == len(settings.classes) >= 2,
-            "classes",
-            "must be at least two different labels",
-        )
-    if isinstance(settings, DpoConfig):
+    if settings.lora is not None:
+        _check_lora(settings.lora)
+    if isinstance(settings, Classify) and settings.classes:
+        different = len(set(settings.classes)) == len(settings.classes) >= 2
+        _require(different, "classes", "must be at least two different labels")
+    if isinstance(settings, Dpo):
         _require(settings.beta > 0, "beta", "must be positive")
+
+
+def _check_lora(lora: LoraConfig) -> None:
+    _require(lora.rank >= 1, "lora.rank", "must be at least 1")
+    _require(lora.alpha > 0, "lora.alpha", "must be positive")
+    _require(bool(lora.targets), "lora.targets", "names nothing to adapt")
+    for target in lora.targets:
+        _require(target in TARGETS, "lora.targets", f"{target!r} is none of {', '.join(TARGETS)}")
 
 
 def _require(condition: bool, key: str, message: str) -> None:
@@ -193,25 +340,38 @@ def max_length(data: TuneData, model: ModelConfig) -> int:
     return length
 
 
-def trainer_config(settings: Settings, model: ModelConfig, examples: int, tuned: Tuned) -> TrainerConfig:
-    """What a checkpoint of this run says it is; the steps of all epochs are its length. Raises ConfigError."""
+def data_config(settings: Tune) -> DataConfig:
+    """What is read, in the words of pretraining."""
+    if isinstance(settings, Measure):
+        return DataConfig(train=["-"], tokenizer=settings.tokenizer or "gpt2")
+    return DataConfig(settings.data.train, settings.data.validation, settings.data.tokenizer or "gpt2")
+
+
+def train_config(settings: Tune, examples: int) -> TrainConfig:
+    """How it is trained, in the words of pretraining; the steps of all epochs are its length."""
     train = settings.train
-    config = TrainerConfig(
-        data=DataConfig(train=settings.data.train, validation=settings.data.validation, tokenizer=settings.data.tokenizer),
-        model=model,
-        train=TrainConfig(
-            global_batch_size=train.global_batch_size, steps=train.epochs * steps_per_epoch(train, examples),
-            microbatch_size=train.microbatch_size or "auto", learning_rate=train.learning_rate,
-            min_learning_rate=train.min_learning_rate, schedule=train.schedule, warmup_steps=train.warmup_steps,
-            weight_decay=train.weight_decay, grad_clip=train.grad_clip, betas=train.betas, precision=train.precision,
-            deterministic=train.deterministic, seed=train.seed, device=train.device, compile=False,
-            processes_per_node=train.processes_per_node, log_every=train.log_every, validate_every=0,
-        ),
-        checkpoint=settings.checkpoint,
-        tuned=tuned,
+    same: dict[str, Any] = {
+        "global_batch_size": train.global_batch_size, "microbatch_size": train.microbatch_size or "auto",
+        "precision": train.precision, "device": train.device, "processes_per_node": train.processes_per_node,
+        "compile": False, "validate_every": 0,
+    }  # fmt: skip
+    if not isinstance(train, TuneTrain):
+        return TrainConfig(**same, steps=1, warmup_steps=0)
+    return TrainConfig(
+        **same, steps=max(1, train.epochs * steps_per_epoch(train, examples)), learning_rate=train.learning_rate,
+        min_learning_rate=train.min_learning_rate, schedule=train.schedule, warmup_steps=train.warmup_steps,
+        weight_decay=train.weight_decay, grad_clip=train.grad_clip, betas=train.betas, deterministic=train.deterministic,
+        seed=train.seed, log_every=train.log_every,
     )  # fmt: skip
-    configuration.check(config)
-    return config
+
+
+def trainer_config(settings: Settings, model: ModelConfig, examples: int, tuned: Tuned) -> TrainerConfig:
+    """What a checkpoint of this run says it is. Raises ConfigError."""
+    made = TrainerConfig(
+        data_config(settings), model, train_config(settings, examples), settings.checkpoint, settings.evaluate, tuned
+    )  # fmt: skip
+    configuration.check(made)
+    return made
 
 
 def steps_per_epoch(train: TuneTrain, examples: int) -> int:

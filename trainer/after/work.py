@@ -15,9 +15,9 @@ from trainer.after import lora
 from trainer.after.examples import Example
 from trainer.after.settings import TuneTrain, steps_per_epoch
 from trainer.checkpoint import HostCopies, Writer
-from trainer.config import ModelConfig, TrainerConfig
+from trainer.config import ConfigError, ModelConfig, TrainerConfig
 from trainer.distributed import World
-from trainer.model import unpadded
+from trainer.model import GPT, unpadded
 from trainer.optim import Optimizer
 from trainer.progress import Metrics, Status
 
@@ -53,6 +53,15 @@ class Work(Generic[Example]):
     def model(self) -> ModelConfig:
         """The base's configuration."""
         return self.config.model
+
+    def language_model(self) -> nn.Module:
+        """What predicts the next token, adapters included. Raises ConfigError for a classifier, which does not."""
+        gpt = getattr(self.module, "gpt", None)
+        if not isinstance(gpt, GPT) or (
+            self.config.tuned is not None and self.config.tuned.kind == "classification"
+        ):
+            raise ConfigError("evaluate.test_sets", "a classifier predicts no tokens; give data.test instead")
+        return gpt
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """What the optimizer moves, by the names of a checkpoint."""

@@ -10,15 +10,16 @@ train, validation and test parts.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from orchestrator.data import templates
+from orchestrator.data.bases import fitting
 from orchestrator.data.errors import DataError
-from orchestrator.models import chat
-from orchestrator.models.load import fitting
 
 if TYPE_CHECKING:
     from trainer.tokenize import Tokenizer
@@ -54,16 +55,14 @@ class Prepared:
 
     train: Path
     validation: Path
-    test: Path | None
+    tests: tuple[Path, ...]
     counts: dict[str, int]
+    """Examples of each part."""
     classes: list[str]
     longest: int
     """Tokens of the longest example."""
-
-    def data_section(self, tokenizer: str, template: str | None) -> dict[str, Any]:
-        """The section `data` of the script's config.json."""
-        return {"train": [str(self.train)], "validation": [str(self.validation)], "test": [str(self.test)] if self.test else [],
-                "tokenizer": tokenizer, "template": template}  # fmt: skip
+    epoch_tokens: int
+    """Tokens of one pass over the training examples that are computed with."""
 
 
 def read(source: str, kind: Kind, part: str | None = None) -> list[Item]:
@@ -164,46 +163,85 @@ _PARSERS: dict[Kind, Callable[[dict[str, Any], str], Item]] = {
 
 
 def prepare(
-    kind: Kind, train: str, to: Path, *, tokenizer: str, vocab_size: int, template: str = "alpaca",
-    validation: str | None = None, test: str | None = None,
+    kind: Kind, train: Sequence[str], to: Path, *, tokenizer: str, vocab_size: int, template: str = "alpaca",
+    validation: Sequence[str] = (), test: Sequence[str] = (), classes: Sequence[str] = (), max_length: int | None = None,
 ) -> Prepared:  # fmt: skip
-    """Write `train.jsonl`, `validation.jsonl` and, where there is one, `test.jsonl` of token numbers into `to`.
+    """Write `train.jsonl`, `validation.jsonl` and one file for each test set, of token numbers, into `to`.
 
-    Without `validation`, a built-in set's own parts are taken, and of any other file every tenth item. Raises DataError,
-    Invalid.
+    Without `validation`, a built-in set's own parts are taken, and of any other file every tenth item. The labels are
+    `classes`, or those of the training items, sorted. Raises DataError, Invalid.
     """
     loaded = fitting(tokenizer, vocab_size)
     parts = _split(kind, train, validation, test)
-    classes = sorted({item.label for item in parts["train"]}) if kind == "classification" else []
-    if kind == "classification" and len(classes) < 2:
-        raise DataError(f"{train} has one label only: {classes[0]!r}", "A classifier needs at least two")
+    labels = list(classes) or sorted(
+        {item.label for item in parts["train"]} if kind == "classification" else []
+    )
+    if kind == "classification" and len(labels) < 2:
+        raise DataError(
+            f"{', '.join(train)} has one label only: {labels[0]!r}", "A classifier needs at least two"
+        )
     to.mkdir(parents=True, exist_ok=True)
-    longest = 0
+    longest = epoch_tokens = 0
+    counts: dict[str, int] = {}
     for part, items in parts.items():
-        rows = [_tokens(kind, item, loaded, template, classes) for item in items]
+        rows = []
+        for item in items:
+            row = _tokens(kind, item, loaded, template, labels)
+            if max_length is not None and len(row.get("prompt", ())) > max_length:
+                if item.where.startswith(str(DEMO)):
+                    continue  # of a demonstration, what fits a small model's context is enough
+                raise _no_room(item, row, max_length)
+            rows.append(row)
+        if not rows:
+            raise DataError(
+                f"no {part} example fits within {max_length} tokens", "Take a base with a longer context"
+            )
+        counts[part] = len(rows)
         longest = max([longest, *(_length(row) for row in rows)])
+        if part == "train":
+            epoch_tokens = sum(_computed(row, max_length) for row in rows)
         temporary = to / f".{part}.tmp"
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         temporary.replace(to / f"{part}.jsonl")
-    return Prepared(to / "train.jsonl", to / "validation.jsonl", to / "test.jsonl" if parts.get("test") else None,
-                    {part: len(items) for part, items in parts.items()}, classes, longest)  # fmt: skip
+    tests = tuple(to / f"{part}.jsonl" for part in parts if part not in {"train", "validation"})
+    return Prepared(to / "train.jsonl", to / "validation.jsonl", tests, counts,
+                    labels, longest, epoch_tokens)  # fmt: skip
 
 
-def _split(kind: Kind, train: str, validation: str | None, test: str | None) -> dict[str, list[Item]]:
-    if validation is not None:
-        parts = {"train": read(train, kind), "validation": read(validation, kind)}
-    elif train.startswith("builtin:"):
-        parts = {part: read(train, kind, part) for part in ("train", "validation", "test")}
-    else:
-        items = read(train, kind)
+def _split(
+    kind: Kind, train: Sequence[str], validation: Sequence[str], test: Sequence[str]
+) -> dict[str, list[Item]]:
+    """Items by part; a test set has the name of its file, a built-in one `NAME-test`."""
+    parts: dict[str, list[Item]] = {
+        "train": [],
+        "validation": [item for source in validation for item in read(source, kind)],
+    }
+    tests: dict[str, list[Item]] = {}
+    for source in train:
+        builtin = source.startswith("builtin:")
+        if builtin:
+            tests[f"{source.removeprefix('builtin:')}-test"] = read(source, kind, "test")
+        if validation or builtin:
+            parts["train"] += read(source, kind, "train" if builtin else None)
+            parts["validation"] += read(source, kind, "validation") if builtin and not validation else []
+            continue
+        items = read(source, kind)
         if len(items) < 2:
             raise DataError(
-                f"{train} holds one item only", "One is trained on, another is needed for validation"
+                f"{source} holds one item only", "One is trained on, another is needed for validation"
             )
         held = {*range(9, len(items), 10)} or {len(items) - 1}
-        parts = {"train": [item for i, item in enumerate(items) if i not in held],
-                 "validation": [item for i, item in enumerate(items) if i in held]}  # fmt: skip
-    return {**parts, "test": read(test, kind)} if test is not None else parts
+        parts["train"] += [item for i, item in enumerate(items) if i not in held]
+        parts["validation"] += [item for i, item in enumerate(items) if i in held]
+    named = {
+        Path(source).stem.replace(":", "-"): read(
+            source, kind, "test" if source.startswith("builtin:") else None
+        )
+        for source in test
+    }
+    for name, items in (named or tests).items():
+        parts[name if name not in parts else f"{name}-test"] = items
+    return parts
 
 
 def _tokens(
@@ -214,9 +252,9 @@ def _tokens(
             raise DataError(f"{item.where}: label {item.label!r} is not among those of the training items: {', '.join(classes)}",
                             "Correct the label")  # fmt: skip
         return {"tokens": tokenizer.encode(item.text), "label": list(classes).index(item.label)}
-    lead = chat.template(template).lead
+    lead = templates.template(template).lead
     end = [tokenizer.separator] if tokenizer.separator is not None else []
-    prompt = tokenizer.encode(chat.prompt(template, item.instruction, item.context))
+    prompt = tokenizer.encode(templates.prompt(template, item.instruction, item.context))
     response = [*tokenizer.encode(lead + item.output), *end]
     if kind == "instruction":
         return {"prompt": prompt, "response": response}
@@ -227,3 +265,30 @@ def _length(row: dict[str, Any]) -> int:
     if "tokens" in row:
         return len(row["tokens"])
     return len(row["prompt"]) + max(len(row[key]) for key in ("response", "chosen", "rejected") if key in row)
+
+
+def _computed(row: dict[str, Any], max_length: int | None) -> int:
+    """Tokens that a step computes with: the last one is only ever a target."""
+    limit = max_length or 1 << 60
+    if "tokens" in row:
+        return min(len(row["tokens"]), limit)
+    return sum(
+        min(len(row["prompt"]) + len(row[key]) - 1, limit)
+        for key in ("response", "chosen", "rejected")
+        if key in row
+    )
+
+
+def _no_room(item: Item, row: dict[str, Any], max_length: int) -> DataError:
+    return DataError(
+        f"{item.where}: the prompt's {len(row['prompt'])} tokens leave no room for an answer within {max_length}",
+        "Shorten it, leave it out, or take a base with a longer context",
+    )
+
+
+def digest(made: Prepared) -> str:
+    """What changes with the examples."""
+    whole = hashlib.sha256()
+    for path in (made.train, made.validation, *made.tests):
+        whole.update(f"{path.name}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+    return whole.hexdigest()

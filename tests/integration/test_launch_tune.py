@@ -1,0 +1,80 @@
+"""What comes after pretraining, as a person runs it: a run is tuned, and measured, on nodes of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests import tiny_models
+from tests.cli import Cli
+from trainer import checkpoint, manifest
+from trainer.checkpoint import Snapshot
+from trainer.config import DataConfig, TrainConfig, TrainerConfig
+from trainer.model import initial_weights
+
+pytestmark = pytest.mark.slow
+MODEL = replace(tiny_models.MODEL, context_length=192)
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Iterator[Cli]:
+    """A CLI whose home holds a run `demo`; nothing of it may be left running."""
+    cli = Cli(tmp_path / "home", {"OMP_NUM_THREADS": "1"})
+    train = TrainConfig(1, steps=1, device="cpu", precision="fp32")
+    config = TrainerConfig(DataConfig(["-"], tokenizer="bytes"), MODEL, train)
+    checkpoint.write(tmp_path, Snapshot(80, dict(initial_weights(MODEL, 1)), {}, {}), config)
+    tiny_models.run_with(cli.home, tmp_path / manifest.directory_name(80))
+    yield cli
+    left = cli.left()
+    cli.end()
+    assert left == []
+
+
+def test_a_run_is_tuned_and_measured_on_nodes(cli: Cli, tmp_path: Path) -> None:
+    """The shipped recipes on a run: the held-out loss falls, the best epoch is the one that is kept and fetched, the tuned model
+    answers in its format, and a loss measured by two processes on a node is the one that a single process has here."""
+    cli.run("init", "tune.yaml", "--recipe", "finetune")
+    base, faster = (
+        ("--set", "tune.base=demo"),
+        ("--set", "tune.train.epochs=3", "--set", "checkpoint.fetch=all"),
+    )
+    plan = cli.json("plan", "tune.yaml", *base)
+    assert plan["predicted"]["tokens_per_second"] is None and "tuning" in " ".join(plan["predicted"]["notes"])
+    cli.run("launch", "tune.yaml", *base, *faster)
+    document = next(item for item in cli.json("status") if item["name"] == "finetune")
+    shown = cli.show(document["run"])
+    assert (shown["state"], shown["reason"]) == ("succeeded", "finished")
+    known = shown["spec"]["tune"]["known"]
+    assert (known["run"], known["step"], shown["spec"]["model"]["context_length"]) == ("demo-0001", 80, 192)
+    losses = {
+        line["step"]: line["validation_loss"]
+        for line in cli.metrics(document["run"])
+        if line["kind"] == "validation"
+    }
+    best = next(item for item in shown["checkpoints"] if item["best"])
+    assert losses[best["step"]] == min(losses.values()) < losses[0]
+    assert manifest.verify(Path(best["path"])) == []
+    answer = cli.json("sample", document["run"], "Name the capital of France.", "--chat", "--tokens", "8")
+    assert answer
+    rows = {row["name"]: row for row in cli.json("compare")}
+    assert rows["finetune"]["validation_loss"] == pytest.approx(min(losses.values()))
+    assert rows["finetune"]["test_set"].startswith("instructions-test-") and rows["finetune"]["cost_usd"] > 0
+
+    shard = tiny_models.shard(tmp_path)
+    words = f"[{{name: held, data: ['{shard}'], tokens: 640}}]"
+    cli.run("init", "measure.yaml", "--recipe", "evaluate")
+    cli.run(
+        "launch",
+        "measure.yaml",
+        *base,
+        "--set",
+        f"evaluate.test_sets={words}",
+        "--set",
+        "evaluate.prompts=[]",
+    )
+    there = next(row for row in cli.json("compare") if row["name"] == "evaluate")
+    here = cli.json("evaluate", "demo", "--data", str(shard), "--tokens", "640")["results"][0]
+    assert there["test_loss"] == pytest.approx(here["loss"], abs=1e-4)
