@@ -178,6 +178,18 @@ def resumed(document: dict[str, Any]) -> list[bool]:
 
 
 @pytest.mark.harness
+def test_a_dead_node_is_replaced(cli: Cli, hosts: list[Host], tmp_path: Path) -> None:
+    """The whole job goes on from the checkpoint, with the third host in the place of the dead one."""
+    run = launch(cli, hosts, impatient(tmp_path), **LONG)
+    training(cli, run)
+    hosts[1].die()
+    document = training(cli, run, attempt=2)
+    assert resumed(document) == [False, True]
+    assert [item["ip"] for item in events(document, "NodeObserved")][-1] == hosts[2].address
+    stopped(cli, run, hosts)
+
+
+@pytest.mark.harness
 def test_a_cut_between_the_nodes_ends_on_both(cli: Cli, hosts: list[Host], tmp_path: Path) -> None:
     """Both nodes answer this machine and not each other: neither waits for the whole outage, and after it the run goes on."""
     run = launch(cli, hosts[:2], impatient(tmp_path), **LONG)
