@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 
 class StoreError(Exception):
-    """The store cannot be used: `hint` says what to do."""
+    """The store cannot be used: `hint` says what to do. Where it is, is configuration: hence the exit code."""
 
-    exit_code = 1
+    exit_code = 3
     code = "store"
 
     def __init__(self, message: str, hint: str = "") -> None:
