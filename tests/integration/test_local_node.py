@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -141,7 +142,11 @@ def test_jobs_survive_the_connection_and_end_with_the_node(node: Node) -> None:
     server = psutil.Process(state(node).pid)
 
     def commands() -> set[str]:
-        return {" ".join(child.cmdline()) for child in server.children(recursive=True)}
+        found = set()
+        for child in server.children(recursive=True):
+            with suppress(psutil.NoSuchProcess):  # ended, or a zombie, since it was listed
+                found.add(" ".join(child.cmdline()))
+        return found
 
     expected = {"sleep 1000", "sleep 1001", "/bin/sleep 1002"}
     until(lambda: expected <= commands())

@@ -281,6 +281,6 @@ def test_closing_ends_nothing_on_the_node(node: Node) -> None:
     remote = node.remote()
     remote.detach(["sleep", "1008"], cwd=".", log="l")
     remote.close()
-    assert "sleep 1008" in processes(node.directory)
+    until(lambda: "sleep 1008" in processes(node.directory))
     assert remote.run(["echo", "reopened"]).text == "reopened"
     remote.close()

@@ -43,6 +43,7 @@ class Neighbour:
             except Crash as crash:
                 self.s.elapse(float(crash.args[0]))
                 self.s.away += float(crash.args[0])
+                until += float(crash.args[0])  # it watches that long itself, however long it was dead
         for machine in self.s.cloud.machines.values():
             late = machine.key in given_up and machine.alive(self.s.t)
             if late:

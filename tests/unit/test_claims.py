@@ -181,4 +181,5 @@ def test_the_shares_sum_to_the_bill(tariff: Tariff, gaps: list[float], after: fl
         assert all(item.micro_usd >= 0 for item in items)
         assert sum(item.micro_usd for item in items) == charges.total(record, story.now)
         total += cost_now(summarise(record, story.now), story.now.timestamp())
-    assert total == bill.micro_usd
+    # A meter that runs is shown by rate and seconds since its row was written, and so rounded once more.
+    assert abs(total - bill.micro_usd) <= (0 if ended else 1)
