@@ -119,6 +119,7 @@ class Schedule:
         self.t = 0.0
         self.passages = 0
         self.away = 0.0
+        self.claimed = 0.0
         """Seconds without a driver."""
         self.told: list[tuple[float, object]] = []
         """(time, what happened), for the history of a failure."""
@@ -267,6 +268,8 @@ class Schedule:
             plan = replace(self.plan, on_finish=self.plan.claim_finish, claim_at=None)
             sides.append(Side(self.second, plan, Rules(self), {}, {}))
             self._use(sides[1])
+            # Its driver died as it had claimed the node, and nobody drove it since.
+            self.away += self.t - self.claimed
             self.drive()
             self.rules.at_end()
         self.elapse(150.0 + self.plan.late_seconds)
@@ -309,6 +312,7 @@ class Schedule:
         first, epoch, plan = self.run, self.epoch, self.plan
         self.run = self.second = self.ground.new_run()
         self.plan = replace(plan, on_finish=plan.claim_finish, claim_at=None, crash_at=None)
+        self.claimed = self.t
         self.note(f"{self.second} wants {node.key}")
         try:
             self.create(node.key)
