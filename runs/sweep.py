@@ -108,11 +108,7 @@ def expand(sweep: SweepSpec, folder: Path) -> list[Point]:
     """The runs, in the order of the file, each once. Raises SpecError, which names the override at fault."""
     path = folder / sweep.spec
     base = specs.load(path)
-    if (
-        base.tune is not None
-    ):  # what follows from its base is not known before it was looked at, so runs could not be told apart
-        hint = "Start each with `llmctl launch`; `--on NODE` puts the next one on a node that is kept"
-        raise SpecError([Problem(str(path), None, "tune", "a sweep has runs of pretraining only", hint)])
+    _pretrains(base, path)
     seeds: Sequence[int | None] = [None]
     if isinstance(sweep.seeds, int):
         seeds = range(base.train.seed, base.train.seed + sweep.seeds)
@@ -123,9 +119,17 @@ def expand(sweep: SweepSpec, folder: Path) -> list[Point]:
     for run, grid, seed in itertools.product(sweep.runs or [{}], grids, seeds):
         overrides = {**run, **grid, **({SEED: seed} if seed is not None else {})}
         spec = specs.load(path, [f"{key}={json.dumps(value)}" for key, value in overrides.items()])
+        _pretrains(spec, path)
         name = fingerprint(spec.to_dict())
         points.setdefault(name, Point(overrides, spec, name))
     return list(points.values())
+
+
+def _pretrains(spec: RunSpec, path: Path) -> None:
+    """What follows from the base of `tune` is not known before it was looked at, so such runs could not be told apart."""
+    if spec.tune is not None:
+        hint = "Start each with `llmctl launch`; `--on NODE` puts the next one on a node that is kept"
+        raise SpecError([Problem(str(path), None, "tune", "a sweep has runs of pretraining only", hint)])
 
 
 def fingerprint(spec: Mapping[str, Any]) -> str:
