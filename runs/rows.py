@@ -45,7 +45,9 @@ def cost_now(row: Mapping[str, Any], now: float | None = None) -> int:
         grain = node["granularity_seconds"]
         if grain > 1:
             seconds = -(-seconds // grain) * grain
-        whole = round(seconds * node["usd_per_hour"] * MICRO / 3600)
+        whole = round(
+            seconds * round(node["usd_per_hour"] * MICRO) / 3600
+        )  # whole micro-dollars, as `charges.price` has them
         micro += max(node["micro_usd"], whole - node.get("before_micro_usd", 0))
     return micro
 
