@@ -36,7 +36,7 @@ from trainer.config import ConfigError
         (errors.Unverified("torn"), 7),
         (errors.MayBill("still there"), 8),
         (errors.NoSuchRun("none"), 102),
-        (StoreError("locked"), 1),
+        (StoreError("locked"), 3),
         (OSError(errno.ENOSPC, "No space left on device", "/x"), 1),
         (ZeroDivisionError("division by zero"), 1),
     ],
