@@ -6,7 +6,6 @@ Reads are retried, a bounded number of times and with jitter. Launch and termina
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import re
@@ -44,9 +43,6 @@ HINTS = {
     "global/object-does-not-exist": "a name in hardware (ssh_key_name, filesystem, image) is not known in this region or workspace",
     "instance-operations/launch/file-system-in-wrong-region": "name the filesystem's region in hardware.regions",
 }
-
-# stamina reports each retry; without a handler Python would print that on stderr. The final error says it all.
-logging.getLogger("stamina").addHandler(logging.NullHandler())
 
 
 @dataclass(frozen=True)
@@ -215,7 +211,7 @@ class LambdaApi:
     def _repeated(
         self, method: str, path: str, json: dict[str, Any] | None, params: dict[str, str] | None
     ) -> Answer:
-        import stamina
+        from provisioning.retries import stamina
 
         def again(error: Exception) -> bool | float:
             if not isinstance(error, ApiError) or not error.unclear:

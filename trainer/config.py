@@ -183,7 +183,7 @@ class TestSet:
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID
 
     name: str
-    """The slice's name; losses are compared only under one name."""
+    """What it is called; llmctl adds hash, offset and token count, and losses are compared only under one whole name."""
     data: list[str]
     """Shards that hold the slice."""
     offset: int = 0

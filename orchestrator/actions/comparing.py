@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,8 +95,23 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
+def _whole_name(found: Sequence[compare.Entry], word: str | None) -> str | None:
+    """The test set that the word means: its name, or the part before the hash. Raises Usage where it means none, or several."""
+    known = sorted({name for item in found for name in item.test_losses})
+    if word is None or word in known:
+        return word
+    meant = [name for name in known if re.fullmatch(rf"{re.escape(word)}-[0-9a-f]{{12}}@\S+", name)]
+    if len(meant) == 1:
+        return meant[0]
+    what = f"{len(meant)} test sets are called {word!r}" if meant else f"no loss on {word!r} is recorded"
+    raise Usage(
+        what, f"there are {', '.join(meant or known)}" if known else "llmctl evaluate RUN measures one"
+    )
+
+
 def _table(store: Store, ask: Ask, *, bare: bool) -> Table:
     found = entries(store, ask)
+    ask = replace(ask, test_set=_whole_name(found, ask.test_set))
     if ask.group_by:
         rows = compare.grouped(found, ask.group_by, ask.test_set)
         return Table(rows, ask.columns, grouped=True)
@@ -167,8 +183,9 @@ def difference(store: Store, ask: Ask) -> list[dict[str, Any]]:
     if ask.runs is None or len(ask.runs) != 2:
         raise Usage("--diff compares two runs", "llmctl compare A B --diff")
     left, right = entries(store, ask)[-2:]
+    wanted = _whole_name([left, right], ask.test_set)
     everything = [] if ask.sigma is not None else entries(store, Ask())
-    chosen = ask.test_set or next((name for name in left.test_losses if name in right.test_losses), None)
+    chosen = wanted or next((name for name in left.test_losses if name in right.test_losses), None)
     sets = {
         "validation_loss": left.row["validation_set"],
         "train_loss": left.row["train_set"],
@@ -176,7 +193,7 @@ def difference(store: Store, ask: Ask) -> list[dict[str, Any]]:
     }
     known = {loss: compare.noise(everything, loss, name, ask.sigma) for loss, name in sets.items() if name}
     sigmas = {loss: one.sigma for loss, one in known.items() if one is not None}
-    found = compare.diff(left, right, ask.test_set, sigmas)
+    found = compare.diff(left, right, wanted, sigmas)
     return [
         {
             "part": item.part,

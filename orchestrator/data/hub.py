@@ -131,7 +131,8 @@ def read_range(url: str, start: int, count: int) -> bytes:
 
 def _get(url: str, headers: dict[str, str], start: int = 0, count: int | None = None) -> bytes:
     import httpx2
-    import stamina
+
+    from provisioning.retries import stamina
 
     token = os.environ.get("HF_TOKEN")
     if token and url.startswith(os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/") + "/"):

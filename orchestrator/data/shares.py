@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +46,12 @@ class Shard:
     span: tuple[int, int] | None = None
     """Bytes of the URL that are taken; None: all of it."""
     dtype: str = "uint16"
+
+
+def slice_name(name: str, digests: Iterable[str], offset: int, tokens: int) -> str:
+    """The name under which a loss is kept: `NAME-HASH@OFFSET+TOKENS`, HASH over the SHA-256 of the files in their order."""
+    content = hashlib.sha256(b"".join(bytes.fromhex(digest) for digest in digests))
+    return f"{name}-{content.hexdigest()[:12]}@{offset}+{tokens}"
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,16 @@ class Cutter:
                     left -= file.tokens or 0
         names = [file.source for file in files]
         return TestSetPlan(dataclasses.replace(test_set, data=names, offset=offset, bytes=size), tuple(made))
+
+    def named(self, test_set: TestSet, files: Sequence[Found]) -> str:
+        """The name of a test set that is not a built-in one. Raises DataError."""
+        digests = [self._digest(file) for file in files]
+        return slice_name(test_set.name, digests, test_set.offset, test_set.tokens)
+
+    def _digest(self, file: Found) -> str:
+        if file.path is not None:
+            return self.hashes.sha256(file.path, self.progress)
+        return file.sha256 or hashlib.sha256(f"{file.url} {file.revision}".encode()).hexdigest()
 
     def _take(self, file: Found, first: int, count: int) -> tuple[list[Shard], int]:
         """Shards of tokens [first, first + count) of a file, or the whole file where that is as good; and where in them the

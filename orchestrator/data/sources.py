@@ -125,9 +125,11 @@ def resolve(
         validation, _ = cutter.share(held_out, -(-validation_tokens // context_length), "data.validation")
     plans = []
     for item in test_sets:
-        test_set = _named(item) if isinstance(item, str) else item
+        test_set = _published(item, data.tokenizer) if isinstance(item, str) else item
         files = [found for source in test_set.data for found in finder.find(source, "validation")]
-        plans.append(cutter.slice(test_set, files, data.tokenizer))
+        plan = cutter.slice(test_set, files, data.tokenizer)
+        name = item if isinstance(item, str) else cutter.named(item, files)
+        plans.append(dataclasses.replace(plan, test_set=dataclasses.replace(plan.test_set, name=name)))
     try:
         prompt_tokens = encode_prompts(data.tokenizer, prompts)
     except Offline as error:
@@ -139,11 +141,16 @@ def resolve(
                     train_tokens=train_tokens, warnings=tuple(finder.warnings))  # fmt: skip
 
 
-def _named(name: str) -> TestSet:
+def _published(name: str, tokenizer: str) -> TestSet:
     known = SLICES.get(name)
     if known is None:
         raise DataError(
             f"there is no built-in test set {name!r}", f"The built-in ones are {', '.join(SLICES)}"
+        )
+    if known.tokenizer != tokenizer:
+        raise DataError(
+            f"{name} is in tokens of {known.tokenizer}, and the model's tokenizer is {tokenizer}",
+            "A loss compares only within one tokenizer; name another test set",
         )
     return TestSet(name, [known.source], known.offset, known.tokens)
 

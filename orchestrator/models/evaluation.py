@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.data import shares
 from orchestrator.data.bases import fitting
 from orchestrator.data.errors import DataError
 from orchestrator.errors import Invalid
@@ -30,15 +31,12 @@ HELLASWAG = ("Rowan/hellaswag", "refs/convert/parquet", "default/validation/0000
 """The validation split on the Hub: dataset, revision and file."""
 
 
-def slice_name(paths: Sequence[Path], offset: int, tokens: int) -> str:
-    """The name of a slice that nobody has named: `STEM-HASH@OFFSET+TOKENS`, HASH over the files in their order."""
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(_sha256(path))
-    return f"{paths[0].stem}-{digest.hexdigest()[:12]}@{offset}+{tokens}"
+def slice_name(paths: Sequence[Path], offset: int, tokens: int, name: str = "") -> str:
+    """The whole name of a slice of local files; without a `name` that of the first file stands in it. Raises DataError."""
+    return shares.slice_name(name or paths[0].stem, [_sha256(path) for path in paths], offset, tokens)
 
 
-def _sha256(path: Path) -> bytes:
+def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
@@ -48,7 +46,7 @@ def _sha256(path: Path) -> bytes:
         raise DataError(
             f"{path}: {error.strerror or error}", "Name a shard that is on this machine"
         ) from error
-    return digest.digest()
+    return digest.hexdigest()
 
 
 def evaluate_slice(
@@ -56,8 +54,8 @@ def evaluate_slice(
 ) -> dict[str, Any]:
     """Mean loss, perplexity and bits per byte on a slice whose shards are on this machine, as a line of evaluations.json.
 
-    `context_length` replaces the model's, which it must not exceed. A slice named `shards` or "" gets a name from its
-    content. Raises Invalid, DataError.
+    `context_length` replaces the model's, which it must not exceed. A slice without a name gets one from its content.
+    Raises Invalid, DataError.
     """
     from trainer.config import ConfigError
     from trainer.distributed import World
@@ -69,7 +67,7 @@ def evaluate_slice(
         raise Invalid(f"a context of {context_length} tokens, but the model was trained on at most {model.context_length}",
                       "choose a shorter one")  # fmt: skip
     paths = [Path(path) for path in test_set.data]
-    if test_set.name in {"", "shards"}:
+    if not test_set.name:
         test_set = replace(test_set, name=slice_name(paths, test_set.offset, test_set.tokens))
     shape = replace(model, context_length=context_length or model.context_length)
     device = opened.model.token_embedding.weight.device
@@ -224,7 +222,7 @@ def hellaswag(opened: Opened, path: Path, *, limit: int | None = None) -> dict[s
         plain += int(sums.argmax()) == item.right
         normalised += int((sums / counts).argmax()) == item.right
     rate = normalised / len(items)
-    name = f"hellaswag-{_sha256(path).hex()[:12]}" + (f"[:{limit}]" if limit is not None else "")
+    name = f"hellaswag-{_sha256(path)[:12]}" + (f"[:{limit}]" if limit is not None else "")
     return {"name": name, "items": len(items), "accuracy": plain / len(items), "accuracy_normalised": rate,
             "standard_error": math.sqrt(rate * (1 - rate) / len(items))}  # fmt: skip
 

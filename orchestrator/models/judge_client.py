@@ -100,7 +100,8 @@ class Client:
     def ask(self, messages: list[dict[str, str]]) -> Answer:
         """One answer. Raises JudgeError where the endpoint refuses, or stays busy for all attempts."""
         import httpx2
-        import stamina
+
+        from provisioning.retries import stamina
 
         def again(error: Exception) -> bool | float:
             if isinstance(error, Busy):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from orchestrator.models.names import Found, opened
 from runs.store import Store, utcnow
 
 if TYPE_CHECKING:
-    from orchestrator.data.shares import Shard, TestSetPlan
+    from orchestrator.data.shares import Shard
     from trainer.config import TestSet
 
 UNNAMED = "shards"
@@ -122,12 +121,14 @@ def _loss(ready: Opened, test_set: TestSet, context: int | None) -> dict[str, An
 
 
 def _here(home: Path, ready: Opened, sets: Sequence[TestSet | str], ask: Ask) -> list[TestSet]:
-    """The sets with their shards as files of this machine. Raises DataError, Unverified."""
+    """The sets, each under its whole name, with their shards as files of this machine. Raises DataError, Unverified."""
     made: list[TestSet] = []
     for item in sets:
         if not isinstance(item, str) and not any(":" in source for source in item.data):
-            files = [str(path) for source in item.data for path in find.paths(source)]
-            made.append(replace(item, data=files))
+            files = [path for source in item.data for path in find.paths(source)]
+            short = item.name if item.name != UNNAMED else files[0].stem
+            name = evaluation.slice_name(files, item.offset, item.tokens, short)
+            made.append(replace(item, name=name, data=[str(path) for path in files]))
         else:
             made.append(_resolved(home, ready, item, ask))
     return made
@@ -137,6 +138,8 @@ def _resolved(home: Path, ready: Opened, item: TestSet | str, ask: Ask) -> TestS
     from orchestrator.data import sources
     from trainer.config import DataConfig
 
+    if not isinstance(item, str) and item.name == UNNAMED:
+        item = replace(item, name=Path(item.data[0]).stem)
     objects = None
     if not isinstance(item, str) and any(source.startswith("s3://") for source in item.data):
         from provisioning.objects import S3
@@ -148,18 +151,7 @@ def _resolved(home: Path, ready: Opened, item: TestSet | str, ask: Ask) -> TestS
         context_length=min(ask.context or model.context_length, model.context_length), vocab_size=model.vocab_size, test_sets=[item],
     )  # fmt: skip
     (one,) = plan.test_sets
-    named = one.test_set if one.test_set.name != UNNAMED else replace(one.test_set, name=_name(one, ask))
-    return replace(named, data=[str(_fetched(home, shard, objects)) for shard in one.shards])
-
-
-def _name(plan: TestSetPlan, ask: Ask) -> str:
-    """The name of an unnamed slice that is elsewhere: by its sources and what they hold now."""
-    if all(shard.path is not None for shard in plan.shards):
-        return UNNAMED
-    first = plan.shards[0]
-    what = json.dumps([[shard.source, shard.sha256 or shard.revision] for shard in plan.shards])
-    digest = hashlib.sha256(what.encode()).hexdigest()[:12]
-    return f"{Path(first.source).stem}-{digest}@{ask.offset}+{ask.tokens}"
+    return replace(one.test_set, data=[str(_fetched(home, shard, objects)) for shard in one.shards])
 
 
 def _fetched(home: Path, shard: Shard, objects: Any) -> Path:

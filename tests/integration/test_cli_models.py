@@ -111,8 +111,11 @@ def test_the_judge_s_table_is_recorded_for_runs_and_an_unreadable_judge_is_not(
     )
     words = ("judge", RUN, str(made[1]), "--judge", "stub-judge", "--base-url", url, "--questions", str(tasks),
              "--template", "llama2", "--tokens", "8", "--repeats", "2", "--input-usd", "2.5", "--output-usd", "10")  # fmt: skip
-    state.fault = lambda _question, _before: completion("I would rather not say.")
-    error = cli.json(*words, code=1)["error"]
+    busy = (429, {"Retry-After": "0"}, "")
+    state.fault = lambda _question, before: completion("I would rather not say.") if before else busy
+    refused = cli.run(*words, "--json", code=1)
+    error = json.loads(refused.stdout)["error"]
+    assert "stamina" not in refused.stderr  # a retry is nobody's business
     assert (
         error["code"] == "judge" and "none of the 12 answers" in error["message"]
     )  # 3 tries, 2 items, 2 repeats

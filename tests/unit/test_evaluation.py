@@ -72,7 +72,7 @@ def test_the_loss_of_a_slice_is_that_of_its_sequences(
 
 
 def test_a_slice_without_a_name_is_named_by_what_it_is(opened: Opened, shard: Path, tmp_path: Path) -> None:
-    name = evaluate_slice(opened, TestSet("shards", [str(shard)], 3, 50))["name"]
+    name = evaluate_slice(opened, TestSet("", [str(shard)], 3, 50))["name"]
     assert name == slice_name([shard], 3, 50) and name.startswith("held-") and name.endswith("@3+50")
     other = write_bin(tmp_path / "held.bin", [*TEXT[:-1], 0]).path
     assert (

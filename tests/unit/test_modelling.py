@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from orchestrator import cli
-from orchestrator.data.shares import Shard, TestSetPlan
 from orchestrator.errors import Invalid, NoSuchRun, Usage
 from orchestrator.models import measuring, sampling
 from orchestrator.models import names as modelling
+from orchestrator.models.evaluation import slice_name
 from orchestrator.models.load import Drawing
 from orchestrator.render.models import side_by_side
 from tests import tiny_models
-from trainer.config import ConfigError, TestSet
+from trainer.config import ConfigError
 
 GREEDY = Drawing(temperature=0.0, tokens=8)
 
@@ -132,28 +132,24 @@ def _tokenizer(folder: Path) -> Path:
 def test_the_spec_s_test_sets_and_prompt_are_the_default(seed: Any, made: Any, capsys: Any) -> None:
     code, document = ended(capsys, "evaluate", "demo")
     (item,) = document["results"]
-    assert (code, item["name"], item["tokens"], document["recorded"]) == (0, "held", 64, True)
+    name = slice_name([made[2]], 0, 64, "held")
+    assert (code, item["name"], item["tokens"], document["recorded"]) == (0, name, 64, True)
     assert ended(capsys, "evaluate", "demo", "--test-set", "held")[1]["results"] == [item]
     (kept,) = seed.store.record("demo-0001").evaluations  # measured twice, recorded once
-    assert (kept["name"], kept["loss"], kept["step"], kept["kind"]) == ("held", item["loss"], 2, "test_set")
-    assert (
-        ended(capsys, "evaluate", "demo", "--context", "32")[1]["results"][0]["name"] == "held (context 32)"
-    )
+    assert (kept["name"], kept["loss"], kept["step"], kept["kind"]) == (name, item["loss"], 2, "test_set")
+    shorter = ended(capsys, "evaluate", "demo", "--context", "32")[1]["results"][0]
+    assert shorter["name"] == f"{name} (context 32)"
+    # The short name will do where it means one set.
+    (row,) = ended(capsys, "compare", "--test-set", "held")[1]
+    assert (row["test_loss"], row["test_set"]) == (item["loss"], name)
+    code, document = ended(capsys, "compare", "--test-set", "nowhere")
+    assert code == 2 and name in document["error"]["hint"]
+    other = name.replace(name[5:17], "0" * 12)
+    measuring.keep(seed.store, modelling.find(seed.store, "demo"), [{**item, "name": other}])
+    code, document = ended(capsys, "compare", "--test-set", "held")
+    assert code == 2 and "2 test sets are called 'held'" in document["error"]["message"]
     code, sample = ended(capsys, "sample", "demo", "--tokens", "3")
     assert (code, sample["prompt"], sample["run"], sample["max_tokens"]) == (0, "The", "demo-0001", 3)
-
-
-def test_published_shards_are_named_by_their_source_and_what_it_holds_now() -> None:
-    def name(revision: str, ask: measuring.Ask) -> str:
-        shard = Shard(
-            "hf://a/b/val.bin", "url", None, "https://x", revision, None, 100, 40, "n", (0, 80), "uint16"
-        )
-        return measuring._name(TestSetPlan(TestSet("shards", ["hf://a/b/val.bin"]), (shard,)), ask)
-
-    first, second = measuring.Ask(offset=7, tokens=32), measuring.Ask(offset=8, tokens=32)
-    assert name("c1", first).startswith("val-") and name("c1", first).endswith("@7+32")
-    assert name("c1", first) == name("c1", first)
-    assert len({name("c1", first), name("c2", first), name("c1", second)}) == 3
 
 
 def test_a_malformed_file_leaves_no_trace_in_the_record(
@@ -191,7 +187,7 @@ def test_weights_that_are_no_numbers_are_not_recorded(
     ready = modelling.opened(modelling.find(seed.store, "demo"))
     ready.model.final_norm.weight.fill_(float("nan"))
     monkeypatch.setattr(measuring, "opened", lambda *_: ready)
-    with pytest.raises(Invalid, match="on held is nan"):
+    with pytest.raises(Invalid, match=r"on held-\w+@0\+64 is nan"):
         measuring.measure(seed.store, modelling.find(seed.store, "demo"), measuring.Ask())
     assert seed.store.record("demo-0001").evaluations == ()
 

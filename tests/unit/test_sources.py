@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import re
 import sys
 import threading
 from array import array
@@ -14,8 +15,10 @@ import stamina
 from orchestrator.data import corpora, shares, sources
 from orchestrator.data.errors import DataError, Offline
 from orchestrator.data.find import Found, ObjectInfo, paths, probe_head
-from orchestrator.data.hashes import HashCache
+from orchestrator.data.hashes import HashCache, quiet
 from orchestrator.data.hub import HttpHub, HubFile, HubName, Listing
+from orchestrator.data.shares import Cutter
+from orchestrator.models.evaluation import slice_name
 from trainer import shards
 from trainer.config import DataConfig, TestSet
 
@@ -157,6 +160,7 @@ def test_validation_and_test_sets(tmp_path, three):
                    test_sets=[TestSet("mine", [str(held_out)], offset=100, tokens=250)], prompts=["hi"])  # fmt: skip
     (item,) = plan.test_sets
     assert (item.test_set.offset, item.test_set.tokens, item.test_set.bytes) == (100, 250, 250)
+    assert item.test_set.name == slice_name([held_out], 100, 250, "mine")  # as `evaluate` calls it here
     assert plan.prompt_tokens == [[104, 105]]
     assert [shard.node_name for shard in plan.shards] == [
         plan.train[0].node_name,
@@ -183,6 +187,30 @@ def test_a_test_set_over_several_files(tmp_path, three):
         900,
     )
     assert item.test_set.bytes == 500
+
+
+def test_the_name_of_a_test_set_says_what_is_in_it(tmp_path, three, monkeypatch):
+    """Another content, part or revision is another name, whatever the spec calls it; a built-in name stands for itself."""
+
+    def name(source, offset=0, tokens=250):
+        (item,) = resolve(
+            tmp_path, [str(three[0])], test_sets=[TestSet("mine", [source], offset, tokens)]
+        ).test_sets
+        return item.test_set.name
+
+    held_out = write(tmp_path / "val.bin", list(range(256)) * 10)
+    names = {name(str(held_out)), name(str(held_out), 1), name(str(held_out), 0, 251), name(str(three[1]))}
+    write(held_out, list(range(255, -1, -1)) * 10)
+    assert len(names | {name(str(held_out))}) == 5 and all(
+        re.match(r"mine-[0-9a-f]{12}@\d\+25\d$", item) for item in names
+    )
+    cutter = Cutter(tmp_path, HashCache(tmp_path), 100, None, quiet)
+    first, second = (
+        Found("hf://o/n/a.bin", "a.bin", url="https://x/a.bin", revision=commit) for commit in ("c1", "c2")
+    )
+    assert cutter.named(TestSet("mine", []), [first]) != cutter.named(TestSet("mine", []), [second])
+    with pytest.raises(DataError, match="tokens of gpt2, and the model's tokenizer is bytes"):
+        resolve(tmp_path, [str(three[0])], test_sets=["fineweb-gpjt"])
 
 
 @pytest.fixture
