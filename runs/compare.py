@@ -181,14 +181,17 @@ def totals(items: Sequence[Row]) -> dict[str, Any]:
 
 def pareto(items: Sequence[Row], cost: Literal["cost_usd", "billed_hours", "training_hours"] = "cost_usd",
            loss: str = "validation_loss") -> list[int]:  # fmt: skip
-    """Indices of the rows that no other row on the same set beats in both loss and cost."""
+    """Indices of the rows that no other row on the same set beats in both loss and cost. A run that trained nothing is
+    none of them: its dollars are not what the loss cost."""
     of = LOSSES[loss]
     fronts: dict[Any, float] = {}
     front: list[int] = []
     points = [
         (float(item[cost]), float(item[loss]), index)
         for index, item in enumerate(items)
-        if _number(item.get(cost)) is not None and _number(item.get(loss)) is not None
+        if _number(item.get(cost)) is not None
+        and _number(item.get(loss)) is not None
+        and item.get("tokens") != 0
     ]
     for _, value, index in sorted(points):
         name = items[index].get(of)

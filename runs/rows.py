@@ -15,12 +15,19 @@ UNREADABLE = "unreadable"
 """In place of a state: neither the row of the run nor its events can be read, so that its dollars are not known."""
 
 
-SEED = "train.seed"
+SEED, TUNE_SEED = "train.seed", "tune.train.seed"
+"""The key of a run's seed: of pretraining, of tuning."""
+
+
+def seed_of(overrides: Mapping[str, Any]) -> Any:
+    """The seed that a sweep chose for a run; None where it chose none."""
+    return overrides.get(SEED, overrides.get(TUNE_SEED))
 
 
 def label(overrides: Mapping[str, Any]) -> str:
     """The variant of a sweep's run: its overrides but the seed, so that repetitions have one label."""
-    return " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in overrides.items() if key != SEED)
+    varied = {key: value for key, value in overrides.items() if key not in {SEED, TUNE_SEED}}
+    return " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in varied.items())
 
 
 def usd(micro_usd: int) -> float:

@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError
 
 from runs import spec as specs
 from runs.hardware import Count, Dollars, Section
-from runs.rows import SEED
+from runs.rows import SEED, TUNE_SEED
 from runs.sections import Duration, RunSpec
 from runs.yamlfile import Problem, SpecError
 from runs.yamlfile import parse as parse_yaml
@@ -64,7 +64,7 @@ class Point:
     overrides: dict[str, Any]
     spec: RunSpec
     fingerprint: str
-    """Of everything in the spec that makes it another run."""
+    """Of everything in the spec that makes it another run. With `tune` only once its base was looked at."""
 
 
 def load(path: Path) -> SweepSpec:
@@ -108,7 +108,7 @@ def expand(sweep: SweepSpec, folder: Path) -> list[Point]:
     """The runs, in the order of the file, each once. Raises SpecError, which names the override at fault."""
     path = folder / sweep.spec
     base = specs.load(path)
-    _pretrains(base, path)
+    seed_key = SEED if base.tune is None else TUNE_SEED
     seeds: Sequence[int | None] = [None]
     if isinstance(sweep.seeds, int):
         seeds = range(base.train.seed, base.train.seed + sweep.seeds)
@@ -117,19 +117,11 @@ def expand(sweep: SweepSpec, folder: Path) -> list[Point]:
     grids = [dict(zip(sweep.grid, values, strict=True)) for values in itertools.product(*sweep.grid.values())]
     points: dict[str, Point] = {}
     for run, grid, seed in itertools.product(sweep.runs or [{}], grids, seeds):
-        overrides = {**run, **grid, **({SEED: seed} if seed is not None else {})}
+        overrides = {**run, **grid, **({seed_key: seed} if seed is not None else {})}
         spec = specs.load(path, [f"{key}={json.dumps(value)}" for key, value in overrides.items()])
-        _pretrains(spec, path)
         name = fingerprint(spec.to_dict())
         points.setdefault(name, Point(overrides, spec, name))
     return list(points.values())
-
-
-def _pretrains(spec: RunSpec, path: Path) -> None:
-    """What follows from the base of `tune` is not known before it was looked at, so such runs could not be told apart."""
-    if spec.tune is not None:
-        hint = "Start each with `llmctl launch`; `--on NODE` puts the next one on a node that is kept"
-        raise SpecError([Problem(str(path), None, "tune", "a sweep has runs of pretraining only", hint)])
 
 
 def fingerprint(spec: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ class Snapshot:
     optimizer: dict[str, dict[str, Tensor]]
     facts: dict[str, Any]
     """Plain values that go into training_state.pt."""
+    more: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """Tensors that have a safetensors file of their own, by its name."""
 
 
 @dataclass(frozen=True)
@@ -140,8 +142,9 @@ def write(directory: Path, snapshot: Snapshot, config: TrainerConfig) -> None:
     temporary, target = directory / f".{name}.{os.getpid()}.tmp", directory / name
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    # More than one metadata key would make the bytes depend on the hash seed.
-    save_file(snapshot.weights, temporary / WEIGHTS, metadata={"format": "pt"})
+    for file, tensors in {WEIGHTS: snapshot.weights, **snapshot.more}.items():
+        # More than one metadata key would make the bytes depend on the hash seed.
+        save_file(tensors, temporary / file, metadata={"format": "pt"})
     torch.save({"step": snapshot.step, "optimizer": snapshot.optimizer, **snapshot.facts}, temporary / STATE)
     (temporary / CONFIG).write_text(
         json.dumps(configuration.to_dict(config), indent=1) + "\n", encoding="utf-8"

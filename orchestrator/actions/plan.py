@@ -97,7 +97,12 @@ class Plan:
         offer, told = self.chosen.offer, self.chosen
         where = f"{offer.instance_type} {place(offer) if self.rented else f'({offer.description})'}"
         nodes = f"{self.nodes} × " if self.nodes > 1 else ""
-        size = f"{count(told.parameters)} parameters, {count(self.spec.tokens)} tokens in {self.spec.steps} steps"
+        work = (
+            f"{count(self.spec.tokens)} tokens in {self.spec.steps} steps"
+            if self.spec.tokens
+            else "no training"
+        )
+        size = f"{count(told.parameters)} parameters, {work}"
         lines = [f"plan: {nodes}{where} at {dollars(offer.usd_per_hour * self.nodes)}/h; {size}"]
         if told.hours is not None:
             error = f" ± {told.error:.0%}" if told.error is not None else ""

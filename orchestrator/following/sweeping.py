@@ -26,7 +26,7 @@ from orchestrator.following import begin
 from runs import charges
 from runs import sweep as sweeps
 from runs.lock import Lock
-from runs.rows import MICRO, SEED, label, usd
+from runs.rows import MICRO, label, seed_of, usd
 from runs.store import Store
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def plan(store: Store | None, file: Path, wait: str | None) -> Sweep:
     from runs import predict
 
     spec = sweeps.load(file)
-    points = [named(spec, point) for point in sweeps.expand(spec, file.absolute().parent)]
+    points = [_ready(spec, point, store) for point in sweeps.expand(spec, file.absolute().parent)]
     first = points[0].spec
     if first.hardware.nodes > spec.nodes:
         raise Invalid(
@@ -138,9 +138,11 @@ def plan(store: Store | None, file: Path, wait: str | None) -> Sweep:
     return Sweep(spec, tuple(points), predicted, margin, made, Limits.read(wait, None).wait_seconds)
 
 
-def named(sweep: sweeps.SweepSpec, point: sweeps.Point) -> sweeps.Point:
-    """The run under the sweep's name."""
-    return replace(point, spec=point.spec.model_copy(update={"name": sweep.name}))
+def _ready(sweep: sweeps.SweepSpec, point: sweeps.Point, store: Store | None) -> sweeps.Point:
+    """The run under the sweep's name; one of tuning with what follows from its base, by which it is known again."""
+    ready = planning.completed(store, point.spec)
+    spec = ready.model_copy(update={"name": sweep.name})
+    return replace(point, spec=spec, fingerprint=sweeps.fingerprint(spec.to_dict()))
 
 
 def refuse(sweep: Sweep, members: Sequence[Member]) -> None:
@@ -237,7 +239,8 @@ class Driving:
         if self._told.get(record.run) != record.state:
             self._told[record.run] = record.state
             what = label(record.overrides) or "as the spec says"
-            seed = f" seed={record.overrides[SEED]}" if SEED in record.overrides else ""
+            chosen = seed_of(record.overrides)
+            seed = f" seed={chosen}" if chosen is not None else ""
             why = f" ({record.reason})" if record.reason and record.reason != "finished" else ""
             sys.stderr.write(f"{record.run}  {record.state}{why}  {what}{seed}\n")
             sys.stderr.flush()

@@ -58,15 +58,21 @@ def need_torch(device: str = "cpu") -> None:
 def open_model(word: str | Path, *, device: str = "cpu", tokenizer: str | None = None) -> Opened:
     """The model, its configuration and the name of its tokenizer; `tokenizer` replaces the one that it names.
 
-    Raises DataError, and Invalid where torch or the device is missing, the folder is no whole model, or the tokenizer has
-    numbers that the model does not.
+    Raises DataError, and Invalid where torch or the device is missing, the folder is no whole model or a classifier, or the
+    tokenizer has numbers that the model does not.
     """
     need_torch(device)
     path = locate(word)
+    from trainer import checkpoint, hf_config
     from trainer.config import ConfigError
     from trainer.sample import load_model
 
     try:
+        tuned = None if hf_config.is_hf(path) else checkpoint.load_config(path).tuned
+        if tuned is not None and tuned.kind == "classification":
+            raise Invalid(
+                f"{path} is a classifier, no language model", "name the model that it was made from"
+            )
         model, config = load_model(path, device)
     except ConfigError as error:
         raise Invalid(f"{path}: {error}", "fetch it again, or name another model") from error

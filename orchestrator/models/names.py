@@ -15,13 +15,8 @@ __all__ = ["Found", "export", "find", "find_all", "opened"]
 
 
 def opened(found: Found, device: str = "cpu", tokenizer: str | None = None) -> Opened:
-    """The model, ready. Raises Invalid as models.open_model, and for a classifier, which says nothing."""
-    made = models.open_model(found.path, device=device, tokenizer=tokenizer or found.tokenizer)
-    if made.config.tuned is not None and made.config.tuned.kind == "classification":
-        raise Invalid(
-            f"{found.label} is a classifier, no language model", "name the model that it was made from"
-        )
-    return made
+    """The model, ready. Raises Invalid as models.open_model."""
+    return models.open_model(found.path, device=device, tokenizer=tokenizer or found.tokenizer)
 
 
 # ---------------------------------------------------------------- export

@@ -55,8 +55,11 @@ def _head(run: RunRecord, now: datetime) -> None:
 
 
 def results(run: RunRecord) -> list[str]:
-    """Step, losses and speed, as far as they are known."""
+    """Step, losses and speed, as far as they are known; of a run that only measures, what it found."""
     told = run.summary
+    if (run.spec.get("tune") or {}).get("method") == "evaluate":
+        losses = [item for item in run.evaluations if item.get("loss") is not None]
+        return [f"loss {number(item['loss'])} on {item['name']}" for item in losses] or ["nothing measured"]
     said = [f"step {told.get('step', 0)} of {run.steps}"]
     for key, name in (("train_loss", "train loss"), ("validation_loss", "validation loss")):
         if told.get(key) is not None:
@@ -237,7 +240,7 @@ def _evaluations(run: RunRecord) -> None:
             )
         elif result.get("text") is not None or result.get("samples") is not None:
             text = str(result.get("prompt") or "") + str(result.get("text") or result.get("samples"))
-            render.line(f"{item['name']} at step {item['step']}:")
+            render.line(f"{item['name']}:")
             for one in text.splitlines():
                 render.line(f"  │ {one}")
 

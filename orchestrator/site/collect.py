@@ -27,7 +27,7 @@ from runs.lock import Lock
 from runs.record import CheckpointRecord, RunRecord
 from trainer import manifest
 
-WEIGHTS = ("model.safetensors", "config.json")
+WEIGHTS = ("model.safetensors", "config.json", "adapter.safetensors")
 """What is needed to use a model; the rest is needed to go on training it."""
 DRAIN_SECONDS = 600.0
 """How long the rest of a log may take to arrive before the collection is tried again."""

@@ -189,7 +189,7 @@ def test_lora_trains_few_parameters_and_its_checkpoint_is_a_whole_model(
     assert changed == {f"blocks.{i}.attention.{part}.weight" for i in range(2) for part in ("query", "value")}
     gpt = bases.assemble(MODEL, before)
     adapters = lora.Adapters(gpt, settings.LoraConfig(rank=2, alpha=4, targets=["query", "value"]), seed=0)
-    adapters.load(out / "adapter.safetensors")
+    adapters.load(out / "checkpoints" / "best" / "adapter.safetensors")
     best = bases.load(out / "checkpoints" / "best").weights
     assert all(torch.equal(tensor[: len(best[name])], best[name]) for name, tensor in lora.plain_weights(gpt))
 

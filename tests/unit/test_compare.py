@@ -183,6 +183,8 @@ def test_the_pareto_front_is_what_nobody_beats() -> None:
         for _ in range(60)
     ]
     items.append(a_row(cost_usd=0.5))
+    measured = a_row(cost_usd=0.1, validation_loss=0.1, validation_set="a", tokens=0)
+    assert len(items) not in pareto([*items, measured])  # it trained nothing: that is not what the loss cost
     front = set(pareto(items))
     for index, item in enumerate(items[:-1]):
         rivals = [

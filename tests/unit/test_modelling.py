@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from orchestrator.models.evaluation import slice_name
 from orchestrator.models.load import Drawing
 from orchestrator.render.models import side_by_side
 from tests import tiny_models
-from trainer.config import ConfigError
+from trainer import checkpoint, manifest
+from trainer.checkpoint import Snapshot
+from trainer.config import ConfigError, Tuned
 
 GREEDY = Drawing(temperature=0.0, tokens=8)
 
@@ -92,6 +95,8 @@ def test_a_word_is_a_run_or_a_folder(seed: Any, made: Any, tmp_path: Path) -> No
         (("sample", "demo", "--chat"), 2, "a conversation is with one model"),
         (("sample", "demo", "x", "--tokenizer", "TRAINED"), 3, "they do not belong together"),
         (("sample", "nobody", "x"), 102, "no run is called 'nobody'"),
+        (("sample", "CLASSIFIER", "x"), 3, "is a classifier, no language model"),
+        (("evaluate", "CLASSIFIER", "--data", "SHARD", "--tokens", "64"), 3, "is a classifier, no language model"),
         (("evaluate", "demo", "--data", "missing.bin"), 3, "missing.bin"),
         (("evaluate", "demo", "--test-set", "nowhere"), 3, "there is no built-in test set 'nowhere'"),
         (("evaluate", "demo", "--context", "65"), 3, "a context of 65 tokens, but the model was trained on at most 64"),
@@ -113,11 +118,21 @@ def test_what_cannot_be_done_is_said_and_leaves_nothing(
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"instruction": "a", "output": "b"}\n{"instruction"\n')
-    places = {"THEIRS": made[1], "SHARD": made[2], "BROKEN": broken, "TRAINED": _tokenizer(tmp_path)}
+    places = {"THEIRS": made[1], "SHARD": made[2], "BROKEN": broken, "TRAINED": _tokenizer(tmp_path),
+              "CLASSIFIER": _classifier(made[0], tmp_path)}  # fmt: skip
     got, document = ended(capsys, *(str(places.get(word, word)) for word in words))
     assert (got, set(document)) == (code, {"error"}) and message in document["error"]["message"]
     assert document["error"]["hint"]
     assert seed.store.record("demo-0001").evaluations == () and not (tmp_path / "x").exists()
+
+
+def _classifier(language_model: Path, folder: Path) -> Path:
+    config = replace(
+        checkpoint.load_config(language_model), tuned=Tuned("classification", classes=["a", "b"])
+    )
+    head = {"classifier.weight": torch.zeros(2, 32), "classifier.bias": torch.zeros(2)}
+    checkpoint.write(folder, Snapshot(1, {**checkpoint.weights(language_model), **head}, {}, {}), config)
+    return folder / manifest.directory_name(1)
 
 
 def _tokenizer(folder: Path) -> Path:

@@ -10,9 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
-from runs import schema, sweep
-from runs.rows import label
+from orchestrator.following import sweeping
+from runs import recipes, schema, sweep
+from runs.rows import label, seed_of
+from runs.store import Store
 from runs.yamlfile import SpecError
+from tests import tiny_models
 from tests.cli import spec
 
 BASE = {"name": "rates", "spec": "run.yaml", "budget": {"max_usd": 5}}
@@ -34,14 +37,40 @@ def test_every_combination_is_a_run_once(tmp_path: Path) -> None:
     assert len(points(tmp_path)) == 1
 
 
-def test_a_sweep_over_tune_is_refused(tmp_path: Path) -> None:
-    """The runs could not be told apart before their base was looked at."""
-    from runs import recipes
-
+def test_a_sweep_over_tune_has_seeds_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(recipes.text("finetune"), encoding="utf-8")
-    (tmp_path / "sweep.yaml").write_text(json.dumps(BASE | {"seeds": 2}), encoding="utf-8")
-    with pytest.raises(SpecError, match="pretraining only"):
-        sweep.expand(sweep.load(tmp_path / "sweep.yaml"), tmp_path)
+    more = {"grid": {"tune.lora.rank": [2, 4]}, "seeds": 2}
+    (tmp_path / "sweep.yaml").write_text(json.dumps(BASE | more), encoding="utf-8")
+    found = sweep.expand(sweep.load(tmp_path / "sweep.yaml"), tmp_path)
+    assert [(label(point.overrides), seed_of(point.overrides)) for point in found] == [
+        ("rank=2", 42), ("rank=2", 43), ("rank=4", 42), ("rank=4", 43),
+    ]  # fmt: skip
+    assert [point.spec.train.seed for point in found] == [42, 43, 42, 43]
+
+
+def test_a_tuning_run_is_known_again_by_its_base(tmp_path: Path) -> None:
+    """What stands in a record has what follows from the base; the plan of a sweep has it too. Another base is another run."""
+    tiny_models.run_with(tmp_path / "home", tiny_models.trained(tmp_path / "one", 1))
+    (tmp_path / "run.yaml").write_text(recipes.text("finetune"), encoding="utf-8")
+    values = BASE | {
+        "runs": [{"tune.base": "demo", "tune.data.max_length": 64}],
+        "grid": {"tune.lora.rank": [2, 4]},
+    }
+    (tmp_path / "sweep.yaml").write_text(json.dumps(values), encoding="utf-8")
+    store = Store(tmp_path / "home")
+
+    def prints() -> list[str]:
+        points = sweeping.plan(store, tmp_path / "sweep.yaml", None).points
+        assert [point.fingerprint for point in points] == [
+            sweep.fingerprint(point.spec.to_dict()) for point in points
+        ]
+        assert all(point.spec.tune.known.run.startswith("demo-") for point in points)
+        return [point.fingerprint for point in points]
+
+    first = prints()
+    assert len(set(first)) == 2 and prints() == first
+    tiny_models.run_with(tmp_path / "home", tiny_models.trained(tmp_path / "two", 2), "demo-0002")
+    assert not set(prints()) & set(first)
 
 
 def test_a_run_is_known_again_whatever_it_may_spend_and_whatever_becomes_of_its_node(tmp_path: Path) -> None:

@@ -19,9 +19,6 @@ from trainer.loop import SKIPPED_IN_A_ROW
 from trainer.progress import finite, log, step_line
 from trainer.session import Mark, peak_memory_gib
 
-ADAPTERS = "adapter.safetensors"
-"""The best epoch's adapters, beside the checkpoints that have them merged."""
-
 
 def train(session: Session[Example]) -> bool:
     """All epochs, until the validation loss rises. True: stopped on request."""
@@ -183,7 +180,5 @@ def evaluate(session: Session[Example]) -> bool:
             return False
         results += more
     if here.rank == 0:
-        if work.adapters is not None:
-            work.adapters.save(session.out / ADAPTERS)
         report(session.out, results, samples(path, wanted.prompt_tokens, here.device), step)
     return True

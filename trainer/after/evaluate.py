@@ -19,7 +19,7 @@ from trainer.after import bases, script, session
 from trainer.after.settings import MeasureConfig, load, train_config
 from trainer.config import ConfigError, TrainerConfig
 from trainer.progress import Metrics, Status, log
-from trainer.session import set_up_process
+from trainer.session import peak_memory_gib, set_up_process
 from trainer.shards import ShardError
 
 
@@ -61,6 +61,15 @@ def _measure(settings: MeasureConfig, out: Path, status: Status | None, stop: th
         if results is not None and here.rank == 0:
             texts = evaluate.samples(Path(settings.base), settings.evaluate.prompt_tokens, here.device)
             evaluate.report(out, results, texts, step)
+        if metrics is not None:
+            metrics.write(
+                {
+                    "kind": "system",
+                    "step": 0,
+                    "time": time.time(),
+                    "peak_memory_gib": peak_memory_gib(here.device),
+                }
+            )
         here.tell(None)  # nobody leaves while rank 0 still works
         return "stopped" if results is None else "finished"
 

@@ -15,6 +15,9 @@ from trainer.checkpoint import Saved, Snapshot
 from trainer.model import padded, unpadded
 from trainer.optim import Optimizer
 
+ADAPTERS = "adapter.safetensors"
+"""The adapters alone, in a checkpoint whose weights have them merged."""
+
 
 @torch.no_grad()
 def restore(work: Work[Example], optimizer: Optimizer | None, path: Path) -> dict[str, Any]:
@@ -76,6 +79,9 @@ def _snapshot(session: Session[Example]) -> Snapshot:
         "best": list(session.best) if session.best else None, "tokens": session.tokens, "adapters": adapters,
         "torch": str(torch.__version__),
     }  # fmt: skip
+    alone = {} if work.adapters is None else {
+        name: copies.take(f"{ADAPTERS}/{name}", tensor).contiguous() for name, tensor in work.adapters.tensors().items()
+    }  # fmt: skip
     if session.here.device.type == "cuda":
         torch.cuda.synchronize(session.here.device)
-    return Snapshot(session.step, weights, states, facts)
+    return Snapshot(session.step, weights, states, facts, {ADAPTERS: alone} if alone else {})

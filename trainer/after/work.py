@@ -45,7 +45,7 @@ class Work(Generic[Example]):
     begin: Callable[[World], None] = lambda _here: None
     """Called once the base's weights are on the device, before anything is trained."""
     adapters: lora.Adapters | None = None
-    """Kept as a file of their own at the end, where there are any."""
+    """Kept as a file of their own in each checkpoint, where there are any."""
     announce: dict[str, Any] = field(default_factory=dict)
     """More facts for the metrics' first line."""
 
