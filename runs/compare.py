@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, Literal
 
-from runs.rows import UNREADABLE, cost_now, label, usd
+from runs.rows import SEED, TUNE_SEED, UNREADABLE, cost_now, label, usd
 
 Row = dict[str, Any]
 
 COLUMNS = (
     "run", "name", "source", "state", "provider", "instance_type", "gpu", "gpus", "parameters", "tokens",
     "global_batch_size", "microbatch_size", "train_loss", "validation_loss", "validation_set", "test_loss", "test_set",
-    "tokens_per_second", "mfu", "training_hours", "billed_hours", "training_usd", "cost_usd",
+    "hellaswag", "hellaswag_set", "judge_score", "judge_panel", "tokens_per_second", "mfu", "training_hours", "billed_hours", "training_usd", "cost_usd",
     "usd_per_billion_tokens", "overhead_fraction", "started",
 )  # fmt: skip
 """The keys of `compare --json`, in order."""
@@ -29,6 +29,8 @@ VARIANT = "variant"
 """What a sweep set in a run's spec, but for the seed: a key to group by."""
 LOSSES = {"validation_loss": "validation_set", "test_loss": "test_set", "train_loss": "train_set"}
 """Loss columns, and the key that says on what; `train_set` is in rows but no column."""
+SETS = {**LOSSES, "hellaswag": "hellaswag_set", "judge_score": "judge_panel"}
+"""Every column that means something only within a set: for a judge's score the panel of models that were graded together."""
 _TEXT = {
     "run",
     "name",
@@ -39,6 +41,8 @@ _TEXT = {
     "gpu",
     "validation_set",
     "test_set",
+    "hellaswag_set",
+    "judge_panel",
     "started",
 }
 
@@ -79,9 +83,24 @@ def entry(
         for item in evaluations
         if item.get("kind") == "test_set" and (loss := _number(item.get("loss"))) is not None
     }
+    row |= _latest(evaluations)
     facts = {key: summary.get(key) for key in ("region", "seed", "world_size", "versions", "epochs", "best_step", "memory_gib", "reason")}  # fmt: skip
     facts[VARIANT] = label(summary.get("overrides") or {})
     return Entry(row, losses, spec, facts)
+
+
+def _latest(evaluations: Sequence[Mapping[str, Any]]) -> Row:
+    """HellaSwag's length-normalised accuracy and the judge's score, as they were measured last, each with its set."""
+    found: Row = {}
+    for item in evaluations:
+        if item.get("kind") == "hellaswag":
+            found |= {
+                "hellaswag": _number(item.get("accuracy_normalised")),
+                "hellaswag_set": item.get("name"),
+            }
+        if item.get("kind") == "judge":
+            found |= {"judge_score": _number(item.get("score")), "judge_panel": item.get("name")}
+    return found
 
 
 def _cost(summary: Mapping[str, Any], now: float | None) -> float | None:
@@ -147,7 +166,7 @@ def rows(entries: Sequence[Entry], test_set: str | None = None) -> list[Row]:
 
 
 def sort_rows(items: Iterable[Row], key: str, *, descending: bool = False) -> list[Row]:
-    """By any column, what is missing last; by a loss, within each set, the set with the most rows first.
+    """By any column, what is missing last; by a loss or a score, within each set, the set with the most rows first.
 
     Raises KeyError for a column that there is not.
     """
@@ -160,7 +179,7 @@ def sort_rows(items: Iterable[Row], key: str, *, descending: bool = False) -> li
         there = isinstance(value, str) if key in _TEXT else _number(value) is not None
         (known if there else missing).append(item)
     known.sort(key=lambda item: item[key], reverse=descending)
-    of = LOSSES.get(key)
+    of = SETS.get(key)
     if of:
         sizes = Counter(item.get(of) for item in known)
         known.sort(
@@ -280,7 +299,7 @@ def _averages(members: Sequence[Row], key: str) -> Row:
         if column in _TEXT or column == key:
             continue
         values = [value for row in members if (value := _number(row.get(column))) is not None]
-        of = LOSSES.get(column)
+        of = SETS.get(column)
         sets = {row.get(of) for row in members if _number(row.get(column)) is not None} if of else set()
         if len(sets) > 1:
             values = []
@@ -297,7 +316,7 @@ def _but_seed(spec: Mapping[str, Any]) -> str:
         key: value for key, value in flat(spec).items() if not key.startswith(("budget.", "wandb.", "notify"))
     }
     return repr(
-        sorted((key, repr(value)) for key, value in same.items() if key not in {"name", "train.seed"})
+        sorted((key, repr(value)) for key, value in same.items() if key not in {"name", SEED, TUNE_SEED})
     )
 
 
@@ -354,7 +373,7 @@ def _changes(part: Literal["spec", "hardware", "versions"], left: Mapping[str, A
 
 
 def _note(key: str, one: Row, other: Row, sigma: float | None) -> str:
-    left, right, of = _number(one[key]), _number(other[key]), LOSSES.get(key)
+    left, right, of = _number(one[key]), _number(other[key]), SETS.get(key)
     if left is None or right is None:
         return ""
     if of and one.get(of) != other.get(of):

@@ -22,6 +22,7 @@ _SHORT = {
     "run": "RUN", "name": "NAME", "source": "SOURCE", "state": "STATE", "provider": "AT", "instance_type": "TYPE", "gpu": "GPU",
     "gpus": "GPUS", "parameters": "PARAMS", "tokens": "TOKENS", "global_batch_size": "BATCH", "microbatch_size": "MICRO",
     "train_loss": "TRAIN", "validation_loss": "VAL", "validation_set": "VAL SET", "test_loss": "TEST", "test_set": "TEST SET",
+    "hellaswag": "HELLASWAG", "hellaswag_set": "HELLASWAG SET", "judge_score": "JUDGE", "judge_panel": "JUDGE PANEL",
     "tokens_per_second": "TOK/S", "mfu": "MFU", "training_hours": "TRAIN H", "billed_hours": "BILLED H",
     "training_usd": "TRAIN $", "cost_usd": "COST", "usd_per_billion_tokens": "$/B TOK", "overhead_fraction": "OVERHEAD",
     "started": "STARTED",
@@ -29,11 +30,11 @@ _SHORT = {
 _KEEP = {
     "run": 9, "state": 5, "cost_usd": 9, "validation_loss": 8, "test_loss": 8, "train_loss": 4, "billed_hours": 7,
     "training_usd": 5, "overhead_fraction": 6, "tokens_per_second": 6, "mfu": 4, "gpu": 4, "gpus": 3, "tokens": 5,
-    "global_batch_size": 4, "test_set": 6, "validation_set": 1, "training_hours": 3, "usd_per_billion_tokens": 5,
+    "global_batch_size": 4, "test_set": 6, "validation_set": 1, "hellaswag": 6, "judge_score": 7, "training_hours": 3, "usd_per_billion_tokens": 5,
 }  # fmt: skip
 _DEFAULT = (
     "run", "state", "gpu", "gpus", "tokens", "global_batch_size", "train_loss", "validation_loss", "validation_set",
-    "test_loss", "test_set", "tokens_per_second", "mfu", "training_hours", "billed_hours", "training_usd", "cost_usd",
+    "test_loss", "test_set", "hellaswag", "hellaswag_set", "judge_score", "judge_panel", "tokens_per_second", "mfu", "training_hours", "billed_hours", "training_usd", "cost_usd",
     "usd_per_billion_tokens", "overhead_fraction",
 )  # fmt: skip
 
@@ -44,13 +45,15 @@ _LEFT = {
     "gpu",
     "validation_set",
     "test_set",
+    "hellaswag_set",
+    "judge_panel",
     "name",
     "source",
     "started",
     "provider",
     "instance_type",
 }
-_NAMED_BELOW = {"validation_set", "test_set"}
+_NAMED_BELOW = set(compare.SETS.values())
 """In a terminal's table the sets are named in a line under it: they are long, and losses without them mislead."""
 
 
@@ -67,7 +70,9 @@ def cell(key: str, value: Any) -> str:
         return number(value)
     if base in {"training_hours", "billed_hours"}:
         return hours(value)
-    if base in {"mfu", "overhead_fraction"}:
+    if base == "judge_score":
+        return number(value, 1)
+    if base in {"mfu", "overhead_fraction", "hellaswag"}:
         return percent(value)
     if base in {"parameters", "tokens", "tokens_per_second"}:
         return count(value)
@@ -122,10 +127,10 @@ def _table(table: Table) -> None:
 
 
 def _letters(table: Table) -> dict[Any, str]:
-    """Set → the letter that stands behind its losses; none where each loss column has but one set."""
+    """Set → the letter that stands behind its figures; none where each column has but one set."""
     sets: dict[Any, None] = {}
     mixed = False
-    for loss, of in compare.LOSSES.items():
+    for loss, of in compare.SETS.items():
         mine = dict.fromkeys(row.get(of) for row in table.rows if row.get(loss) is not None)
         mixed = mixed or len(mine) > 1
         if loss != "train_loss" or len(mine) > 1:
@@ -145,7 +150,7 @@ def _marked(
         table.grouped
         or key in {"cost_usd", "billed_hours"}
         or key in table.best
-        or (letters and key in compare.LOSSES)
+        or (letters and key in compare.SETS)
     )
     room = any(key in table.noise and index in table.best.get(key, ()) for index in range(len(table.rows)))
     fronts = {"cost_usd": table.front, "billed_hours": table.fast}.get(key, frozenset())
@@ -162,8 +167,8 @@ def _marked(
         index = marks[id(row)]
         if spread := row.get(f"{key}_sd") if table.grouped else None:
             shown += f" ± {cell(key, spread)}"
-        if letters and key in compare.LOSSES and value is not None:
-            shown += f" {letters.get(row.get(compare.LOSSES[key]) or '', '')}"
+        if letters and key in compare.SETS and value is not None:
+            shown += f" {letters.get(row.get(compare.SETS[key]) or '', '')}"
         if room:
             shown += " ≈" if index in table.best[key] else "  "
         return shown + ((" *" if index in fronts else "  ") if fronts else "")
@@ -201,14 +206,14 @@ def _marks(table: Table) -> list[str]:
 
 
 def _legend(table: Table, letters: dict[Any, str]) -> None:
-    """What the losses were measured on."""
+    """What the losses and scores were measured on."""
     if letters:
         said = [
-            f"losses on different sets are not comparable: {', '.join(f'{mark} {name}' for name, mark in letters.items())}"
+            f"not comparable on different sets: {', '.join(f'{mark} {name}' for name, mark in letters.items())}"
         ]
     else:
         named = ((loss, next((row.get(of) for row in table.rows if row.get(loss) is not None), None))
-                 for loss, of in compare.LOSSES.items())  # fmt: skip
+                 for loss, of in compare.SETS.items())  # fmt: skip
         said = [
             ", ".join(f"{_SHORT[loss]} on {name}" for loss, name in named if name and loss != "train_loss")
         ]

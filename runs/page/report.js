@@ -44,10 +44,11 @@ function short(value) {
 
 // ---------------------------------------------------------------- the table
 
-const TEXT = new Set(["run", "name", "source", "state", "provider", "instance_type", "gpu", "validation_set", "test_set", "started"]);
+const TEXT = new Set(["run", "name", "source", "state", "provider", "instance_type", "gpu", "validation_set", "test_set", "hellaswag_set", "judge_panel", "started"]);
 // What the page is about comes first: a narrow window shows it without scrolling.
-const FIRST = ["run", "state", "train_loss", "validation_loss", "validation_set", "test_loss", "test_set", "cost_usd", "training_usd", "billed_hours", "gpu", "gpus", "parameters", "tokens"];
-const SET_OF = { validation_loss: "validation_set", test_loss: "test_set" };
+const FIRST = ["run", "state", "train_loss", "validation_loss", "validation_set", "test_loss", "test_set", "hellaswag", "judge_score", "judge_panel", "cost_usd", "training_usd", "billed_hours", "gpu", "gpus", "parameters", "tokens"];
+const LOSS_SET = { validation_loss: "validation_set", test_loss: "test_set" };
+const SET_OF = { ...LOSS_SET, hellaswag: "hellaswag_set", judge_score: "judge_panel" };
 
 function sorted() {
   const rows = data.rows.map((row, index) => ({ row, index }));
@@ -56,7 +57,7 @@ function sorted() {
     const a = one.row[key], b = other.row[key];
     const missing = (a === null) - (b === null);
     if (missing || a === null) return missing || one.index - other.index;
-    // Losses on different sets are never ranked together.
+    // Losses and scores on different sets are never ranked together.
     const set = SET_OF[key];
     if (set && one.row[set] !== other.row[set]) return String(one.row[set]) < String(other.row[set]) ? -1 : 1;
     const less = typeof a === "string" ? a.localeCompare(b) : a - b;
@@ -137,7 +138,7 @@ function legend(items) {
 function sets() {
   const found = new Map();
   for (const row of data.rows)
-    for (const [loss, set] of Object.entries(SET_OF))
+    for (const [loss, set] of Object.entries(LOSS_SET))
       if (row[loss] !== null && row.cost_usd !== null) found.set(row[set], loss);
   return found;
 }
@@ -145,7 +146,7 @@ function sets() {
 function pareto() {
   const box = document.getElementById("pareto"), set = document.getElementById("set").value, cost = document.getElementById("cost").value;
   const loss = sets().get(set);
-  const points = data.rows.filter((row) => loss && row[SET_OF[loss]] === set && row[loss] !== null && row[cost] !== null && !hidden.has(row.run))
+  const points = data.rows.filter((row) => loss && row[LOSS_SET[loss]] === set && row[loss] !== null && row[cost] !== null && !hidden.has(row.run))
     .map((row) => ({ name: row.run || row.name, cost: row[cost], loss: row[loss], paint: colours.get(row.run) || "#8a9199" }));
   if (!points.length) return empty(box, "No run that is shown has both a loss and a cost.");
   const front = [];

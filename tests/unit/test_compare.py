@@ -96,6 +96,27 @@ def test_a_broken_or_unfinished_record_is_shown_with_gaps(broken: dict[str, Any]
     assert totals(items)["runs"] == 2
 
 
+def test_hellaswag_and_the_judge_have_columns_and_their_sets() -> None:
+    """As measured last; a score is ranked only beside those of its panel."""
+    graded = [
+        {"kind": "judge", "name": f"judge m {panel}", "score": score}
+        for panel, score in (("old", 90.0), ("new", 40.0))
+    ]
+    choice = {"kind": "hellaswag", "name": "hellaswag-1", "accuracy": 0.3, "accuracy_normalised": 0.31}
+    (row,) = rows([entry(summary(evaluations=[choice, *graded]))])
+    assert (row["hellaswag"], row["hellaswag_set"]) == (0.31, "hellaswag-1")
+    assert (row["judge_score"], row["judge_panel"]) == (40.0, "judge m new")
+    items = [a_row(name=name, judge_score=score, judge_panel=panel) for name, score, panel in
+             (("a", 9.0, "x"), ("b", 50.0, "y"), ("c", 20.0, "y"), ("d", 30.0, "y"))]  # fmt: skip
+    assert [item["name"] for item in sort_rows(items, "judge_score", descending=True)] == ["b", "d", "c", "a"]
+    same, other = (entry(summary(evaluations=[item])) for item in graded)
+    notes = {item.key: item.note for item in diff(same, other)}
+    assert notes["judge_score"] == "not comparable: measured on different sets"
+    assert {item.row["judge_panel"] for item in published() if item.row["judge_score"]} == {
+        "gilesthomas.com, part 30"
+    }
+
+
 def test_no_runs_at_all() -> None:
     assert (rows([]), sort_rows([], "cost_usd"), pareto([]), grouped([], "gpu")) == ([], [], [], [])
     assert totals([]) == {
