@@ -1,4 +1,4 @@
-"""All measurements one after the other, or the ones that are named: `python -m benchmarks [startup] [scale] [transfer] [kept-node] [trainer]`.
+"""All measurements one after the other, or the ones that are named: `python -m benchmarks [startup] [scale] [transfer] [kept-node] [fleet] [trainer]`.
 
 What a benchmark can be told besides is behind its own `--help`: `python -m benchmarks scale --help`.
 """
@@ -16,6 +16,7 @@ COMMANDS = {
     "scale": ["-m", "benchmarks.scale"],
     "transfer": ["-m", "benchmarks.transfer"],
     "kept-node": ["-m", "benchmarks.kept_node"],
+    "fleet": ["-m", "benchmarks.fleet"],
     "trainer": ["benchmarks/trainer.py", "ratio"],
 }
 
