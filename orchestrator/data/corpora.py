@@ -9,6 +9,8 @@ bytes, a zero byte before each passage.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -54,8 +56,28 @@ def prepare(name: str, tokenizer: str, cache: Path, progress: Progress = quiet) 
         digest.update(key.encode() + hashlib.sha256(path.read_bytes()).digest())
     folder = cache / "builtin" / f"{name}-{PASSAGE_BYTES}-{digest.hexdigest()[:16]}"
     if not _whole(folder):
-        _write(folder, documents, progress)
+        with _alone(folder):
+            if not _whole(folder):  # who held the lock before may have made it
+                _write(folder, documents, progress)
     return Corpus(sorted(folder.glob("train_*.bin")), sorted(folder.glob("validation_*.bin")))
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One llmctl at a time makes `folder`: a second one would take away under the first one's hands what that has just begun to
+    use. Raises DataError where the place cannot be written."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = folder.with_name(f".{folder.name}.lock").open("w", encoding="utf-8")
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _unwritable(folder: Path, error: OSError) -> DataError:
+    return DataError(f"{folder}: {error.strerror or error}", "Free some space, or set LLMCTL_HOME elsewhere")
 
 
 def stdlib(root: Path) -> list[tuple[str, Path]]:
@@ -74,7 +96,6 @@ def held_out(key: str) -> bool:
 
 
 def _write(folder: Path, documents: list[tuple[str, Path]], progress: Progress) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -87,15 +108,9 @@ def _write(folder: Path, documents: list[tuple[str, Path]], progress: Progress) 
                 counts[info.path.name] = info.tokens
         (temporary / "shards.json").write_text(json.dumps(counts), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not _whole(folder):  # another llmctl made it at the same time
-                raise
+        temporary.rename(folder)
     except OSError as error:
-        raise DataError(
-            f"{folder}: {error.strerror or error}", "Free some space, or set LLMCTL_HOME elsewhere"
-        ) from error
+        raise _unwritable(folder, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -7,6 +7,7 @@ import re
 import sys
 import threading
 from array import array
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -407,7 +408,26 @@ def test_the_corpus_is_made_once_and_again_when_it_changes_or_is_damaged(tmp_pat
     assert (
         corpora.prepare("python-stdlib", "bytes", tmp_path / "cache").train[0].parent != made.train[0].parent
     )
-    assert not [path for path in (tmp_path / "cache" / "builtin").iterdir() if path.name.startswith(".")]
+    left = [path.name for path in (tmp_path / "cache" / "builtin").iterdir() if path.name.startswith(".")]
+    assert all(name.endswith(".lock") for name in left)
+
+
+def test_many_at_once_make_the_corpus_once(tmp_path, library, monkeypatch):
+    written, write_it = [], corpora._write
+
+    def counted(*arguments):
+        write_it(*arguments)
+        written.append(arguments[0])
+
+    monkeypatch.setattr(corpora, "_write", counted)
+    with ThreadPoolExecutor(
+        8
+    ) as pool:  # an flock parts threads as it parts processes: each opens the file anew
+        made = list(
+            pool.map(lambda _: corpora.prepare("python-stdlib", "bytes", tmp_path / "cache"), range(8))
+        )
+    assert len(written) == 1
+    assert all(path.exists() for corpus in made for path in corpus.train)
 
 
 def test_the_builtin_name_serves_both_lines(tmp_path, library):
