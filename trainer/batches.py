@@ -132,6 +132,10 @@ class Batches:
 
     def _read_ahead(self) -> None:
         global_batch_size, size = self._shape
+        if (
+            self._device.type == "cuda"
+        ):  # a thread begins on GPU 0, and waiting for an event would open a context there
+            torch.cuda.set_device(self._device)
         try:
             for step in range(self._steps):
                 base = self._first + step * global_batch_size

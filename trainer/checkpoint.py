@@ -59,17 +59,45 @@ class HostCopies:
     """Host memory for snapshots, pinned and kept on a GPU machine so that a copy takes a tenth of a second."""
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._pinned = device.type == "cuda"
         self._buffers: dict[str, Tensor] = {}
+        self._reserving: threading.Thread | None = None
+
+    def reserve(self, named: Mapping[str, Tensor]) -> None:
+        """Pin memory for these tensors in the background: it takes about a second for 2 GB, and the first checkpoint would stand still
+        for it."""
+        if self._pinned:
+            self._reserving = threading.Thread(
+                target=self._pin, args=(named,), name="pin-memory", daemon=True
+            )
+            self._reserving.start()
+
+    def _pin(self, named: Mapping[str, Tensor]) -> None:
+        torch.cuda.set_device(
+            self._device
+        )  # a thread begins on GPU 0, and pinning would open a context there
+        for name, tensor in named.items():
+            self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
 
     def take(self, name: str, tensor: Tensor) -> Tensor:
         """A copy of `tensor` on the host; from a GPU it is under way still, and valid until the next of this name."""
         if not self._pinned or tensor.device.type != "cuda":
             return tensor.detach().to("cpu", copy=True)
+        if self._reserving is not None:
+            self._reserving.join()
+            self._reserving = None
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
             buffer = self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         return buffer.copy_(tensor.detach(), non_blocking=True)
+
+
+def held(model: GPT, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint under the name of its copy on the host: weights by their own, states as `weight.state`."""
+    named = {plain_name(name): parameter.detach() for name, parameter in model.named_parameters()}
+    states = optimizer.state().items()
+    return named | {f"{name}.{key}": tensor for name, state in states for key, tensor in state.items()}
 
 
 def snapshot(

@@ -152,6 +152,7 @@ def prepare(
         use_seed_weights(model, config)
     if here.rank == 0:
         run.writer = Writer(checkpoints, config)
+        run.copies.reserve(checkpoint.held(model, optimizer))
         _announce(run, resume=resume, facts=facts)
     run.tell(microbatch_size=size, steps=config.steps, step=run.step, checkpoint_step=run.saved_step)
     run.saved_at = time.monotonic()

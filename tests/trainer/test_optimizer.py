@@ -7,8 +7,9 @@ import copy
 import pytest
 import torch
 
-from trainer import schedule
+from trainer import checkpoint, schedule
 from trainer.config import ModelConfig, TrainConfig
+from trainer.distributed import World
 from trainer.model import GPT, fill, initial_weights
 from trainer.optim import Muon, Optimizer, orthogonalise
 
@@ -142,3 +143,19 @@ def test_stable_then_linear() -> None:
 def test_constant_stays() -> None:
     train = train_config(schedule="constant", warmup_steps=0)
     assert {schedule.factor(step, 100, train) for step in range(1, 101)} == {1.0}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_host_memory_is_reserved_for_what_a_checkpoint_takes(optimizer: str) -> None:
+    class Recorded(checkpoint.HostCopies):
+        def take(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+            taken[name] = tensor.shape
+            return super().take(name, tensor)
+
+    taken: dict[str, torch.Size] = {}
+    model, here = build(), World(0, 1, 0, 1, torch.device("cpu"))
+    ours = Optimizer(model, train_config(optimizer=optimizer))
+    ours.prepare_state()
+    checkpoint.snapshot(model, ours, copies=Recorded(here.device), here=here, step=1, facts={})
+    assert taken == {name: tensor.shape for name, tensor in checkpoint.held(model, ours).items()}
+    assert len(taken) > len(list(model.named_parameters()))
