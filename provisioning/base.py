@@ -11,7 +11,8 @@ ProviderError                 what happened, why, what to do now; exit_code
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -184,6 +185,8 @@ class Home:
     """LLMCTL_HOME."""
     owner: str
     """Its random id."""
+    sleep: Callable[[float], None] = time.sleep
+    """How a provider waits for its turn: whoever is waited for may want to show meanwhile that it lives."""
 
 
 class ProviderFactory(Protocol):

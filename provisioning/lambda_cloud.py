@@ -31,7 +31,7 @@ from provisioning.base import (
 )
 from provisioning.cloudinit import LARGEST_BYTES, SelfTerminate, user_data
 from provisioning.lambda_api import CONSOLE, GONE_CODES, LambdaApi, base_url, find_credentials, redacted
-from provisioning.lambda_models import AuditEvent, Filesystem, Instance, SSHKey, node_facts
+from provisioning.lambda_models import AuditEvent, AuditLog, Filesystem, Instance, SSHKey, node_facts
 from provisioning.ratelimit import Limiter, Rates, SharedReading
 from runs.facts import BillingEvidence, Inventory, Marker, NodeFacts, Offer
 
@@ -41,6 +41,8 @@ _FILESYSTEMS = TypeAdapter(list[Filesystem])
 _EVENTS = TypeAdapter(list[AuditEvent])
 _NODES = TypeAdapter(list[NodeFacts])
 _OVER = frozenset({"terminating", "terminated", "preempted"})
+AUDIT_SECONDS = 10.0
+"""How old a reading of the audit log may be: its events are minutes late themselves."""
 _IMAGE_ID = re.compile(r"[0-9a-f]{32}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -53,9 +55,13 @@ def open(home: Home, hardware: dict[str, object]) -> LambdaCloud:  # noqa: A001 
     url, credentials = base_url(), find_credentials()
     secret = credentials.key.get_secret_value() if credentials else ""
     directory = _state_directory(home, hashlib.sha256(f"{url} {secret}".encode()).hexdigest()[:16])
-    limiter = Limiter(directory / "turns.json", Rates().scaled(pace))
-    shared = SharedReading(directory / "instances.json", 5.0 * pace)
-    return LambdaCloud(home, hardware, LambdaApi(credentials, url, limiter, pace=pace), shared, pace=pace)
+    limiter = Limiter(directory / "turns.json", Rates().scaled(pace), sleep=home.sleep)
+    instances = SharedReading(directory / "instances.json", 5.0 * pace, sleep=home.sleep)
+    audit = SharedReading(
+        directory / "audit.json", AUDIT_SECONDS * pace, patience_seconds=60.0, sleep=home.sleep
+    )
+    api = LambdaApi(credentials, url, limiter, pace=pace)
+    return LambdaCloud(home, hardware, api, instances, audit, pace=pace)
 
 
 def _state_directory(home: Home, account: str) -> Path:
@@ -88,6 +94,7 @@ class LambdaCloud:
         hardware: dict[str, object],
         api: LambdaApi,
         shared: SharedReading,
+        audit: SharedReading,
         *,
         pace: float = 1.0,
     ) -> None:
@@ -95,6 +102,7 @@ class LambdaCloud:
         self._hardware = hardware
         self._api = api
         self._shared = shared
+        self._audit = audit
         self.traits = Traits(
             looks=3,
             look_seconds=60 * pace,
@@ -247,15 +255,7 @@ class LambdaCloud:
     def billing_evidence(self, node_id: str, since: datetime) -> BillingEvidence:
         """See Provider. The names of the actions are in no document: the first event about an instance is its launch, and
         its end is the last one whose action speaks of terminating or deleting."""
-        params = {"start": since.astimezone(UTC).isoformat().replace("+00:00", "Z")}
-        events: list[AuditEvent] = []
-        for _ in range(25):
-            answer = self._api.read("GET", "/audit-events", params=params)
-            events += [event for event in answer.parsed(_EVENTS) if event.concerns(node_id)]
-            token = answer.body.get("page_token")
-            if not isinstance(token, str) or not token:
-                break
-            params["page_token"] = token
+        events = [event for event in self._audit_log(since) if event.concerns(node_id)]
         dated = sorted(
             (event.event_time.astimezone(UTC), event.action.lower()) for event in events if event.event_time
         )
@@ -264,6 +264,29 @@ class LambdaCloud:
         return BillingEvidence(
             source="Lambda's audit log", launched=launched, ended=ends[-1] if ends else None
         )
+
+    def _audit_log(self, since: datetime) -> list[AuditEvent]:
+        """The account's log from the hour of `since` on. One reading, a few seconds old, serves every process: runs that end
+        together ask about the same hour, page by page at one page a second."""
+        start = since.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
+
+        def fetch() -> tuple[float, str]:
+            params = {"start": start.isoformat().replace("+00:00", "Z")}
+            events: list[AuditEvent] = []
+            for _ in range(25):
+                answer = self._api.read("GET", "/audit-events", params=params)
+                events = [*events, *answer.parsed(_EVENTS)]
+                token = answer.body.get("page_token")
+                if not isinstance(token, str) or not token:
+                    break
+                params["page_token"] = token
+            return answer.sent_at, AuditLog(start=start, events=events).model_dump_json()
+
+        log = AuditLog.model_validate_json(self._audit.read(fetch)[1])
+        if log.start > start:
+            self._audit.forget()
+            log = AuditLog.model_validate_json(self._audit.read(fetch)[1])
+        return log.events
 
     def _body(self, request: LaunchRequest, key_name: str) -> dict[str, object]:
         options = request.options

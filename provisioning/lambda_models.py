@@ -152,6 +152,13 @@ class AuditEvent(Tolerant):
         return lrn in self.resource_lrns or self.additional_details.get("instance_lrn") == lrn
 
 
+class AuditLog(BaseModel):
+    """The account's log from `start` on, as llmctl's processes share it."""
+
+    start: datetime
+    events: list[AuditEvent]
+
+
 def node_facts(instance: Instance) -> NodeFacts:
     """One instance as the rest of the program sees it. The intent comes from the tag or, without it, from the name; the
     lease from the name, which `extend` keeps up to date, or else from the tag."""

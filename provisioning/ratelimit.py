@@ -23,6 +23,9 @@ LONGEST_BACK_OFF_SECONDS = 60.0
 SLOWER = 3.0
 """After a "too fast" every distance is this many times as long, for a while: a limit that is stricter than documented
 would otherwise refuse the same second request of a pair for ever."""
+LOCK_PATIENCE_SECONDS = 10.0
+"""How long the holder of a lock is waited for: longer than one exchange takes."""
+_LOCK_POLL_SECONDS = 0.05
 SLOW_REQUESTS = 60
 """… as long as this many requests would take."""
 
@@ -151,11 +154,13 @@ class SharedReading:
         path: Path,
         max_age_seconds: float = 5.0,
         *,
+        patience_seconds: float = LOCK_PATIENCE_SECONDS,
         now: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._path = path
         self._max_age_seconds = max_age_seconds
+        self._patience_seconds = patience_seconds
         self._now = now
         self._sleep = sleep
 
@@ -167,7 +172,7 @@ class SharedReading:
         known = self._fresh(newer_than)
         if known is not None:
             return known
-        with _locked(self._path.with_suffix(".lock"), self._sleep):
+        with _locked(self._path.with_suffix(".lock"), self._sleep, self._patience_seconds):
             known = self._fresh(newer_than)
             if known is not None:
                 return known
@@ -198,17 +203,19 @@ class SharedReading:
 
 
 @contextmanager
-def _locked(path: Path, sleep: Callable[[float], None], tries: int = 200) -> Iterator[int]:
-    """The open, locked file. A holder that was stopped (Ctrl-Z) must not stop the others for ever: after ten seconds
+def _locked(
+    path: Path, sleep: Callable[[float], None], patience_seconds: float = LOCK_PATIENCE_SECONDS
+) -> Iterator[int]:
+    """The open, locked file. A holder that was stopped (Ctrl-Z) must not stop the others for ever: after `patience_seconds`
     the lock is ignored, which at worst costs a 429."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        for _ in range(tries):
+        for _ in range(round(patience_seconds / _LOCK_POLL_SECONDS)):
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                sleep(0.05)
+                sleep(_LOCK_POLL_SECONDS)
         yield descriptor
     finally:
         os.close(descriptor)

@@ -29,6 +29,9 @@ from runs.record import RunRecord
 from runs.sections import RunSpec
 from runs.store import Store, run_dir
 
+BEAT_SECONDS = 5.0
+"""How often a driver that waits for its turn says so."""
+
 
 def main(home: Path, run: str, *, force: bool = False) -> int:
     """Drive `run` until nothing is left to do. 0 also where another driver has it."""
@@ -46,11 +49,11 @@ def main(home: Path, run: str, *, force: bool = False) -> int:
     say(f"driving as epoch {epoch}, pid {os.getpid()}")
     wake = threading.Event()
     _end_on_signal()
-    site, driver, sinks = build(store, record, clock, wake, epoch)
-    directory = run_dir(home, run)
+    heart = run_dir(home, run) / "driver.json"
+    site, driver, sinks = build(store, record, clock, wake, epoch, patient(heart, clock))
 
     def beat(why: str) -> None:
-        write_heartbeat(directory / "driver.json", why, driver.hands.sight.complaint, clock.now().timestamp())
+        write_heartbeat(heart, why, driver.hands.sight.complaint, clock.now().timestamp())
 
     try:
         with inhibit_sleep(f"llmctl drives {run}"):
@@ -62,11 +65,30 @@ def main(home: Path, run: str, *, force: bool = False) -> int:
     return 0
 
 
-def build(
-    store: Store, record: RunRecord, clock: Clock, wake: threading.Event, epoch: int
+def patient(heart: Path, clock: Clock) -> Callable[[float], None]:
+    """A sleep that shows that its driver lives: many runs share one provider's pace, and a turn there may take minutes."""
+
+    never = threading.Event()
+
+    def sleep(seconds: float) -> None:
+        end = clock.monotonic() + seconds
+        while (left := end - clock.monotonic()) > 0:
+            write_heartbeat(heart, "waiting for a turn at the provider", None, clock.now().timestamp())
+            clock.wait(never, min(left, BEAT_SECONDS))
+
+    return sleep
+
+
+def build(  # noqa: PLR0917
+    store: Store,
+    record: RunRecord,
+    clock: Clock,
+    wake: threading.Event,
+    epoch: int,
+    sleep: Callable[[float], None],
 ) -> tuple[NodeSite, Driver, tuple[Wandb, Notify]]:
     """Everything that drives one run."""
-    home, run = Home(store.home, store.owner), record.run
+    home, run = Home(store.home, store.owner, sleep), record.run
     spec = stored_spec(record)
     hardware = {**record.spec["hardware"], "self_terminate": spec.node.self_terminate}
     provider = open_provider(record.provider, home, hardware)

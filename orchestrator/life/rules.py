@@ -53,10 +53,10 @@ def _answers(run: RunRecord, world: w.World, now: datetime) -> Iterator[w.Effect
         yield _dead(run, world, now)
         yield _watch(run, world, now)
         yield _stage(run, run.attempt, world, now)
-    yield vigil.reconcile(run, world, now)
-    yield vigil.watch(run, world, now)
     if run.live and run.attempt is None:
         yield verdict.between(run, world, now)
+    yield vigil.reconcile(run, world, now)
+    yield vigil.watch(run, world, now)
 
 
 # ---------------------------------------------------------------- nodes, whatever the run is doing

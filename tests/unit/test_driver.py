@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
+from datetime import datetime, timedelta
 from pathlib import Path
 
+from orchestrator.actions.requests import SILENT_SECONDS, silent_seconds
 from orchestrator.clock import SystemClock
 from orchestrator.driver.loop import driver_alive, take_over
-from orchestrator.driver.main import stored_spec
+from orchestrator.driver.main import patient, stored_spec
 from runs import events as e
 from runs.lock import ProcessId, boot_id
 from runs.store import Store
@@ -33,6 +37,33 @@ def test_one_driver_a_run_and_each_has_a_new_epoch(tmp_path: Path) -> None:
     assert (record.epoch, record.driver_pid, record.driver_boot_id) == (second[1], me.pid, me.boot_id)
     second[0].release()
     assert not driver_alive(tmp_path, RUN)
+
+
+class Watched:
+    """A clock that a test reads: whatever waits has waited at once, and `look` was called after it."""
+
+    def __init__(self, look: Callable[[], None]) -> None:
+        self.time, self._look = at(0), look
+
+    def now(self) -> datetime:
+        return self.time
+
+    def monotonic(self) -> float:
+        return self.time.timestamp()
+
+    def wait(self, event: threading.Event, seconds: float) -> None:
+        assert not event.is_set()
+        self.time += timedelta(seconds=seconds)
+        self._look()
+
+
+def test_a_driver_that_waits_for_its_turn_is_not_taken_for_dead(tmp_path: Path) -> None:
+    silences: list[float] = []
+    clock = Watched(lambda: silences.append(silent_seconds(tmp_path, clock)))
+    patient(tmp_path / "driver.json", clock)(200.0)
+    assert clock.time == at(200)
+    assert silences
+    assert max(silences) < SILENT_SECONDS / 2
 
 
 def test_who_takes_over_ends_the_old_driver_first(tmp_path: Path) -> None:

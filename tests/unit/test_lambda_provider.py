@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from provisioning import lambda_cloud
 from provisioning.base import Ambiguous, CredentialsError, InvalidHardware, Provider, Refused, Unavailable
 from runs import charges
 from runs.facts import Marker
@@ -480,6 +481,19 @@ def test_the_audit_log_dates_a_life(paper: Paper, words: dict[str, str]) -> None
     assert launched_at.timestamp() == pytest.approx(start, abs=0.01)
     assert terminated_at - launched_at == timedelta(seconds=90)
     assert len(paper.sent("audit-events")) == 3
+
+
+def test_processes_share_one_reading_of_the_audit_log(paper: Paper, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lambda_cloud, "AUDIT_SECONDS", 1e9)
+    provider, start = paper.provider(), datetime.fromtimestamp(paper.now, UTC)
+    nodes = [provider.launch(request(attempt=attempt)) for attempt in (1, 2)]
+    for node in nodes:
+        provider.terminate(node)
+    for owner, node in zip(("0123abcd", "89abcdef"), nodes, strict=True):
+        assert paper.provider(owner=owner).billing_evidence(node, start).ended
+    assert len(paper.sent("audit-events")) == 2  # two events a page
+    assert provider.billing_evidence(nodes[0], start - timedelta(hours=2)).ended
+    assert len(paper.sent("audit-events")) == 4
 
 
 def test_without_evidence_nothing_is_invented(paper: Paper) -> None:
