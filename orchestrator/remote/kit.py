@@ -8,9 +8,11 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from subprocess import DEVNULL, PIPE
 
-from orchestrator.remote import lanes, openssh, pieces, rsync
+from orchestrator.remote import openssh, pieces, rsync
 from orchestrator.remote.node import Remote
+from orchestrator.remote.questions import ask
 
 FAR_SECONDS = 0.015
 """A round trip from which one channel's window, not the processor, is the limit."""
@@ -61,7 +63,7 @@ def compression_pays(remote: Remote, kit: Kit, sizes: Mapping[str, int], *, pull
     if sum(sizes.values()) < SAMPLED:
         return False
     largest = max(sizes, key=lambda path: sizes[path])
-    ratio = lanes.ask(remote, "compressibility", path=largest) if pull else pieces.compressibility(largest)
+    ratio = ask(remote, "compressibility", path=largest) if pull else pieces.compressibility(largest)
     return ratio < COMPRESSIBLE and _bytes_per_second(remote, kit) < SLOW
 
 
@@ -71,13 +73,15 @@ def _bytes_per_second(remote: Remote, kit: Kit) -> float:
     if isinstance(known, float):
         return known
     assert kit.carrier is not None
-    argv, noise = kit.carrier.argv(["sh", "-c", "cat >/dev/null"]), os.urandom(1 << 20)
-    started = time.monotonic()
+    noise = os.urandom(1 << 20)
+    argv = kit.carrier.argv(["sh", "-c", "echo; cat >/dev/null"])
     with ThreadPoolExecutor(4) as pool:
-        for done in [
-            pool.submit(subprocess.run, argv, input=noise, capture_output=True, check=False) for _ in range(4)
-        ]:
-            done.result()
-    seconds = max(1e-3, time.monotonic() - started - 2 * kit.round_trip)
+        channels = [subprocess.Popen(argv, stdin=PIPE, stdout=PIPE, stderr=DEVNULL) for _ in range(4)]
+        for channel in channels:  # until a shell has started there: that is not the link's time
+            assert channel.stdout is not None
+            channel.stdout.readline()
+        started = time.monotonic()
+        list(pool.map(lambda channel: channel.communicate(noise), channels))
+    seconds = max(1e-3, time.monotonic() - started - kit.round_trip)
     remote.memory["bytes_per_second"] = 4 * len(noise) / seconds
     return 4 * len(noise) / seconds

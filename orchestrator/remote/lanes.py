@@ -13,37 +13,22 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
-from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Protocol
 
 from orchestrator.remote import pieces
 from orchestrator.remote.connection import Address, CommandFailed, Result, lost
 from orchestrator.remote.node import Remote
 from orchestrator.remote.openssh import Carrier
+from orchestrator.remote.questions import node_side
 from orchestrator.remote.session import Session
 
 PIECE = 16 << 20
 STALLED_SECONDS = 60.0
 WINDOW = 32 << 20
-_SOURCE = Path(pieces.__file__).read_text(encoding="utf-8")
 
 Piece = tuple[str, str, int, int]
 """(path here, path on the node, offset, length)."""
 Tell = Callable[[int], None]
-
-
-def node_side(operation: str) -> list[str]:
-    """The command that serves one operation of `pieces` on the node."""
-    return ["python3", "-I", "-c", _SOURCE, operation]
-
-
-def ask(remote: Remote, operation: str, **asked: object) -> Any:
-    """The JSON answer of an operation of `pieces` on the node."""
-    question = json.dumps(asked).encode() + b"\n"
-    result = remote.run(node_side(operation), stdin=question, timeout=3600, limit=1 << 28, check=False)
-    if result.exit_code != 0:
-        raise CommandFailed(f"pieces {operation}", result)
-    return json.loads(result.stdout)
 
 
 def cut(here: str, there: str, size: int, done: Sequence[Sequence[int]]) -> list[Piece]:
@@ -85,6 +70,7 @@ class SshChannel:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._stdin, self._stdout = self._process.stdin, self._process.stdout
+        pieces.widen(self._stdin.fileno(), self._stdout.fileno())
 
     def write(self, data: bytes) -> None:
         """Send all of `data`."""

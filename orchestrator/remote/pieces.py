@@ -8,12 +8,14 @@ file gets its name, whole and with the source's time, by rename at the end.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import stat
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -131,6 +133,13 @@ def compressibility(path: str, samples: int = 4) -> float:
     return packed / plain if plain else 1.0
 
 
+def widen(*descriptors: int) -> None:
+    """Let pipes hold a megabyte, where the system can: the processes at their ends then wait less for each other."""
+    for descriptor in descriptors:
+        with suppress(OSError):
+            fcntl.fcntl(descriptor, getattr(fcntl, "F_SETPIPE_SZ", 1031), BLOCK)
+
+
 def _none(_: int) -> None:
     return
 
@@ -150,18 +159,28 @@ def _answer(operation: str, asked: dict[str, Any]) -> Any:
     return None
 
 
+def _told(asked: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return {"answer": _answer(asked["operation"], asked)}
+    except (OSError, EOFError) as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
 def main(operation: str, source: BinaryIO, sink: BinaryIO) -> None:
-    """Serve one operation; `receive` takes the line of pieces and then their bytes, `send` answers with bytes."""
-    asked = json.loads(source.readline())
-    pieces: list[tuple[str, int, int]] = asked.get("pieces", [])
-    if operation == "receive":
-        for path, offset, length in pieces:
+    """`serve` answers each line of questions with a line; `receive` takes a line that names pieces, and then their bytes;
+    `send` answers such a line with their bytes."""
+    if operation == "serve":
+        for line in source:
+            sink.write(json.dumps(_told(json.loads(line))).encode() + b"\n")
+            sink.flush()
+        return
+    widen(source.fileno(), sink.fileno())
+    pieces: list[tuple[str, int, int]] = json.loads(source.readline())["pieces"]
+    for path, offset, length in pieces:
+        if operation == "receive":
             write_piece(path, offset, length, source.read, _none)
-    elif operation == "send":
-        for path, offset, length in pieces:
+        else:
             read_piece(path, offset, length, sink.write, _none)
-    else:
-        sink.write(json.dumps(_answer(operation, asked)).encode())
     sink.flush()
 
 

@@ -28,6 +28,7 @@ from orchestrator.remote import lanes, openssh, pieces, rsync
 from orchestrator.remote.connection import CommandFailed, NoSuchFile, Result
 from orchestrator.remote.kit import Kit, compression_pays, look
 from orchestrator.remote.node import Remote, node_path
+from orchestrator.remote.questions import ask
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes to do."""
@@ -104,7 +105,7 @@ def push(
         return Transfer(0, 0, 0.0, "unchanged")
     kit = look(remote)
     flags = kit.flags(pull=False, immutable=immutable)
-    seen = lanes.ask(remote, "look", paths=[file.there for file in wanted], hashed=flags is None)
+    seen = ask(remote, "look", paths=[file.there for file in wanted], hashed=flags is None)
     missing = [file for file, there in zip(wanted, seen, strict=True) if not _same(file, there)]
     missing = _drop_equal(
         remote, missing, {file.there: there for file, there in zip(wanted, seen, strict=True)}
@@ -162,7 +163,7 @@ def pull(
     paths = [f"{source}/{name}" for name in targets]
     missing = []
     for (name, here), there, seen in zip(
-        targets.items(), paths, lanes.ask(remote, "look", paths=paths, hashed=flags is None), strict=True
+        targets.items(), paths, ask(remote, "look", paths=paths, hashed=flags is None), strict=True
     ):
         if seen is None:
             raise NoSuchFile(f"pull {source}/{name}", Result(b"", b"no such file", 1))
@@ -183,7 +184,7 @@ def pull(
 
 def pull_tree(remote: Remote, node_dir: str, to: Path, *, progress: Progress | None = None) -> Transfer:
     """Bring every regular file under `node_dir` (links are left out) to `to`."""
-    names = lanes.ask(remote, "tree", root=node_path(node_dir))
+    names = ask(remote, "tree", root=node_path(node_dir))
     return pull(remote, node_dir, names, to, progress=progress)
 
 
@@ -303,7 +304,7 @@ def _by_pieces(remote: Remote, kit: Kit, files: Sequence[_File], *, pull: bool, 
         done = [pieces.begin(str(file.here), version) for file, version in zip(files, versions, strict=True)]
     else:
         begun = [(file.there, version) for file, version in zip(files, versions, strict=True)]
-        done = lanes.ask(remote, "begin", files=begun)
+        done = ask(remote, "begin", files=begun)
     work = []
     for file, have in zip(files, done, strict=True):
         work += lanes.cut(str(file.here), file.there, file.size, have)
@@ -314,7 +315,7 @@ def _by_pieces(remote: Remote, kit: Kit, files: Sequence[_File], *, pull: bool, 
         remote.address, open_channel, work, pull=pull, lanes=kit.lanes if carrier else 3, tell=count.tell
     )
     if pull:
-        seen = lanes.ask(remote, "look", paths=[file.there for file in files], hashed=False)
+        seen = ask(remote, "look", paths=[file.there for file in files], hashed=False)
         for file, after in zip(files, seen, strict=True):
             if after is None or (after[0], after[1]) != (file.size, file.mtime_ns):
                 raise TransferError(f"{file.there} changed on the node while it was copied")
@@ -323,7 +324,7 @@ def _by_pieces(remote: Remote, kit: Kit, files: Sequence[_File], *, pull: bool, 
         for file in files:
             if _local(file.here, file.there) != file:
                 raise TransferError(f"{file.here} changed while it was copied")
-        lanes.ask(remote, "finish", files=[(file.there, file.size, file.mtime_ns) for file in files])
+        ask(remote, "finish", files=[(file.there, file.size, file.mtime_ns) for file in files])
 
 
 def _local(here: Path, there: str) -> _File:
@@ -353,7 +354,7 @@ def _drop_equal(
     ]
     if not alike:
         return files
-    hashes = lanes.ask(remote, "look", paths=[file.there for file in alike], hashed=True)
+    hashes = ask(remote, "look", paths=[file.there for file in alike], hashed=True)
     equal = {file for file, there in zip(alike, hashes, strict=True) if there and _same(file, there)}
     return [file for file in files if file not in equal]
 

@@ -276,6 +276,24 @@ def test_round_trips_of_a_warm_command(node: Node) -> None:
         assert proxy.connections == 1
 
 
+def test_round_trip_is_the_links_and_no_commands(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Proxy(node.address.port, 0.03) as proxy, node.at(proxy.port).remote() as remote:
+        monkeypatch.setattr(remote, "session", lambda *a, **k: pytest.fail("a command was run"))
+        assert remote.round_trip() >= 0.06
+        assert remote.connections == 1
+
+
+def test_round_trip_of_a_link_that_does_not_answer(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    import paramiko
+
+    monkeypatch.setattr(connection, "SILENCE_SECONDS", 0.2)
+    over = threading.Event()
+    monkeypatch.setattr(paramiko.Transport, "global_request", lambda *_, **__: over.wait())
+    with node.remote() as remote, pytest.raises(ConnectionLost, match="does not answer"):
+        remote.round_trip()
+    over.set()
+
+
 def test_closing_ends_nothing_on_the_node(node: Node) -> None:
     assert node.directory is not None
     remote = node.remote()

@@ -8,16 +8,17 @@ import shutil
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from orchestrator.remote import kit as kits
-from orchestrator.remote import lanes, openssh, pieces, rsync, transfer
+from orchestrator.remote import lanes, openssh, pieces, questions, rsync, transfer
 from orchestrator.remote.kit import Kit
-from orchestrator.remote.node import ConnectionLost, NodeUnreachable, NoSuchFile, Remote
-from tests.nodes import Node, Proxy, any_node, local, node, stop_master
+from orchestrator.remote.node import CommandFailed, ConnectionLost, NodeUnreachable, NoSuchFile, Remote
+from tests.nodes import Node, Proxy, any_node, local, node, processes, stop_master, until
 
 __all__ = ["any_node", "node"]
 WAYS = ["rsync", "ssh", "fabric"]
@@ -179,9 +180,9 @@ def test_names_that_lead_elsewhere(
     node: Node, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     to = tmp_path / "to"
-    ask = lanes.ask
+    ask = questions.ask
     monkeypatch.setattr(
-        lanes, "ask", lambda remote, op, **k: [name] if op == "tree" else ask(remote, op, **k)
+        transfer, "ask", lambda remote, op, **k: [name] if op == "tree" else ask(remote, op, **k)
     )
     with node.remote() as remote, pytest.raises(transfer.TransferError, match="offers a file"):
         transfer.pull_tree(remote, ".", to)
@@ -297,6 +298,60 @@ def test_node_without_rsync(tmp_path: Path) -> None:
         assert done.method == "pieces"
         assert same(source, node.home / "tree")
         stop_master(node)
+
+
+def test_node_without_python_says_so(node: Node, tmp_path: Path) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "sh").symlink_to(shutil.which("sh") or "")
+    with node.remote() as remote:
+        session = remote.session
+        bare = {"PATH": str(tools)}
+        remote.session = lambda command, **k: session(command, **{**k, "env": bare})  # type: ignore[method-assign]
+        with pytest.raises(CommandFailed, match="python3") as caught:
+            questions.ask(remote, "look", paths=["x"] * 100_000, hashed=False)
+    assert caught.value.result.exit_code == 127
+
+
+def test_questions_start_one_process(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another question at the same time has a process of its own, which does not stay."""
+    started: list[Any] = []
+    with node.remote() as remote:
+        session = remote.session
+        monkeypatch.setattr(remote, "session", lambda *a, **k: started.append(a) or session(*a, **k))
+        for _ in range(5):
+            assert questions.ask(remote, "look", paths=["none"], hashed=False) == [None]
+        assert len(started) == 1
+        with pytest.raises(CommandFailed, match="No such file"):
+            questions.ask(remote, "tree", root="none")
+        with ThreadPoolExecutor(4) as pool:
+            asked = [pool.submit(questions.ask, remote, "tree", root=".") for _ in range(20)]
+            assert [found.result() for found in asked] == [[]] * 20
+        until(lambda: len(serving(node)) == 1)
+        before = len(started)
+        assert questions.ask(remote, "tree", root=".") == []
+        assert len(started) == before
+        assert remote.connections == 1
+
+
+def serving(node: Node) -> list[str]:
+    """The processes on the node that wait for questions."""
+    assert node.directory is not None
+    return [line for line in processes(node.directory) if line.endswith(" serve")]
+
+
+@pytest.mark.parametrize("fault", ["killed", "cut"])
+def test_questions_go_on_after(node: Node, fault: str) -> None:
+    """What answered is gone, and nobody was asking: the next question is answered all the same."""
+    with Proxy(node.address.port) as proxy, node.at(proxy.port).remote() as remote:
+        assert questions.ask(remote, "tree", root=".") == []
+        if fault == "killed":
+            [kept] = cast("list[Any]", remote.memory["answerers"])
+            remote.run(["kill", "-KILL", str(kept.session.pid)])
+        else:
+            proxy.cut()
+        assert questions.ask(remote, "tree", root=".") == []
+        assert remote.connections == (1 if fault == "killed" else 2)
 
 
 def test_old_rsync_does_not_pull(node: Node, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.remote import lanes, openssh, pieces, rsync, transfer
+from orchestrator.remote import lanes, openssh, pieces, questions, rsync, transfer
 from orchestrator.remote.connection import Address, ConnectionLost, HostKeyMismatch
 
 
@@ -119,11 +119,18 @@ def test_node_side_runs_alone(tmp_path: Path) -> None:
     """As on the node: isolated, from its text only."""
     (tmp_path / "json.py").write_text("raise SystemExit('the wrong json')")
     (tmp_path / "file").write_bytes(b"abc")
-    command = [sys.executable, *lanes.node_side("look")[1:]]
-    asked = json.dumps({"paths": ["file", "none", "."], "hashed": True}).encode() + b"\n"
-    answer = json.loads(
-        subprocess.run(command, cwd=tmp_path, input=asked, capture_output=True, check=True).stdout
+    command = [sys.executable, *questions.node_side("serve")[1:]]
+    asked = [
+        {"operation": "tree", "root": "nowhere"},
+        {"operation": "look", "paths": ["file", "none", "."], "hashed": True},
+    ]
+    lines = "".join(json.dumps(question) + "\n" for question in asked).encode()
+    done = subprocess.run(command, cwd=tmp_path, input=lines, capture_output=True, check=True)
+    refused, told = map(json.loads, done.stdout.splitlines())
+    assert refused["error"].startswith("FileNotFoundError"), (
+        "a question that fails leaves the next one answered"
     )
+    answer = told["answer"]
     assert answer[0][0] == 3
     assert answer[0][2].startswith("ba7816bf")
     assert answer[1:] == [None, None]
