@@ -21,19 +21,37 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; the process ends with the exit code of what happened."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    code: int = exits.OK
+    try:
+        code = _ended(words)
+        if _talkative(words):
+            from orchestrator import footer
+
+            footer.show()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever was reading is gone: `llmctl ... | head` is no error of ours
+        code = code or exits.READER_GONE
+        for stream in (1, 2):  # what is left in their buffers goes nowhere, in silence
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    raise SystemExit(code)
+
+
+def _ended(words: Sequence[str]) -> int:
+    """Run the command line; the exit code. Raises BrokenPipeError where nobody reads any more."""
     debug = "--debug" in own(words)
     try:
         code = _run(words, debug=debug)
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # what Typer and rich make of it
+            raise end.__context__ from None
+        raise
+    except BrokenPipeError:
+        raise
     except Exception as error:  # the boundary: nothing behind it would show the error
         if debug:
             raise
         code = _report(_read(error), words)
-    if _talkative(words):
-        from orchestrator import footer
-
-        footer.show()
-    _flush()
-    raise SystemExit(code if isinstance(code, int) else exits.OK)
+    return code if isinstance(code, int) else exits.OK
 
 
 def _run(words: Sequence[str], *, debug: bool) -> Any:
@@ -91,14 +109,6 @@ def _talkative(words: Sequence[str]) -> bool:
     return bool(mine) and {"--help", "-h", "--version"}.isdisjoint(mine) and not any(
         word.startswith(("internal-", "--show-completion", "--install-completion")) for word in mine[:2]
     )  # fmt: skip
-
-
-def _flush() -> None:
-    """Write out what is left; whoever was reading may be gone, which is no error of ours."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 if __name__ == "__main__":

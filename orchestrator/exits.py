@@ -21,6 +21,8 @@ UNFINISHED = 101
 NO_SUCH_RUN = 102
 STOPPED = 103
 INTERRUPTED = 130
+READER_GONE = 141
+"""What a shell reports of a program that SIGPIPE ended; not one of ours, so not in the table."""
 
 MEANINGS = {
     OK: "ok",

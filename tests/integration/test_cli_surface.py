@@ -91,6 +91,27 @@ def test_completion_reads_the_store_and_nothing_else(cli: Cli) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "words", [("--help",), ("status",), ("status", "--json"), ("show", "demo"), ("show", "demo", "--json"), ("compare",),
+              ("tail", "demo", "--no-follow"), ("plan", "--help"), ("show", "nope", "--json"), ("show", "nope")],
+)  # fmt: skip
+def test_a_reader_that_has_gone_is_no_error(cli: Cli, words: tuple[str, ...]) -> None:
+    """`llmctl ... | head`: nothing is said, and the code is that of any program which SIGPIPE ends, or the command's own."""
+    Seed(cli.home).finished()
+    (cli.home / "runs" / "demo-0001").mkdir(parents=True, exist_ok=True)
+    (cli.home / "runs" / "demo-0001" / "train.log").write_text("a line\n")
+    for deaf in ({"stdout"}, {"stdout", "stderr"}):
+        reader, writer = os.pipe()
+        os.close(reader)
+        process = cli.start(*words, **dict.fromkeys(deaf, writer))
+        os.close(writer)
+        said = process.communicate(timeout=60)[1] or ""
+        if "nope" in words:
+            assert process.returncode in {102, 141} and "Traceback" not in said
+        else:
+            assert (process.returncode, said) == (141, "")
+
+
 # ---------------------------------------------------------------- nothing there
 
 
