@@ -23,8 +23,8 @@ for module in (start, watch, finish, results, models, data, hidden):
     module.register(app)
 
 
-def _version(value: bool) -> None:
-    if value:
+def _version(context: typer.Context, value: bool) -> None:
+    if value and not context.resilient_parsing:  # as when a shell completes the line
         from importlib.metadata import version
 
         sys.stdout.write(f"llmctl {version('llmctl')}\n")

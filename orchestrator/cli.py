@@ -1,6 +1,6 @@
 """The program `llmctl`: the one boundary at which every error gets its exit code, and the footer under every command.
 
-`status --json` and nothing else needs no argument parser: it prints stored rows, and is done before one would be loaded.
+`status --json` and completion need no argument parser: they tell what is stored, and are done before one would be loaded.
 """
 
 from __future__ import annotations
@@ -60,6 +60,12 @@ def _run(words: Sequence[str], *, debug: bool) -> Any:
         from orchestrator.actions import show
 
         return show.print_status(words[1] if words[1:2] and not words[1].startswith("-") else None)
+    if shell := os.environ.get("_LLMCTL_COMPLETE"):
+        from orchestrator import completion
+
+        code = completion.answered(shell)
+        if code is not None:
+            return code
     from orchestrator.app import app
 
     rest = [word for word in words if word != "--debug"] if debug else list(words)

@@ -12,6 +12,7 @@ import typer
 
 from orchestrator.actions.show import find as find_run
 from orchestrator.actions.show import print_json
+from orchestrator.completion import complete_run
 from orchestrator.errors import Usage
 from runs.store import Store, default_home
 
@@ -21,26 +22,6 @@ class Form(StrEnum):
 
     TEXT = "text"
     JSON = "json"
-
-
-def complete_run(incomplete: str) -> list[tuple[str, str]]:
-    """Runs of the local store that begin so, newest first, with their state."""
-    home = default_home()
-    if not (home / "llmctl.db").exists():
-        return []
-    store = Store(home)
-    try:
-        found = store.runs()
-    finally:
-        store.close()
-    return [(run, state) for run, _, state in found if run.startswith(incomplete)][:100]
-
-
-def complete_recipe(incomplete: str) -> list[str]:
-    """The shipped recipes that begin so."""
-    from runs import recipes
-
-    return [name for name in recipes.names() if name.startswith(incomplete)]
 
 
 OUTPUT = "Output"

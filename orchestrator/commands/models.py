@@ -15,12 +15,12 @@ from orchestrator.commands.common import (
     Output,
     add,
     answer,
-    complete_run,
     interactive,
     machine,
     open_store,
     tell,
 )
+from orchestrator.completion import complete_run
 
 PANEL = "Models"
 WHAT = "A run, the folder of a checkpoint or of a Hugging Face model, or hf://owner/name."

@@ -18,13 +18,12 @@ from orchestrator.commands.common import (
     Yes,
     add,
     answer,
-    complete_recipe,
-    complete_run,
     confirm,
     machine,
     open_store,
     tell,
 )
+from orchestrator.completion import complete_recipe, complete_run
 
 PANEL = "Begin"
 Spec = Annotated[Path, typer.Argument(metavar="SPEC", help="A run.yaml.", show_default=False)]

@@ -71,6 +71,31 @@ def test_status_json_needs_neither_parser_nor_models(cli: Cli) -> None:
     assert modules(cli, "status", "demo", "-o", "json") & {"pydantic", "rich", "typer"} == set()
 
 
+@pytest.mark.parametrize(
+    ("words", "env", "budget"),
+    [
+        (("--help",), {}, 400),
+        (("status", "--json"), {}, 150),
+        ((), {"_LLMCTL_COMPLETE": "complete_bash", "COMP_WORDS": "llmctl show d", "COMP_CWORD": "2"}, 150),
+        ((), {"_LLMCTL_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": "llmctl init --recipe "}, 150),
+    ],
+    ids=["help", "status", "completion of a run", "completion of a recipe"],
+)
+def test_a_budget_of_modules(cli: Cli, words: tuple[str, ...], env: dict[str, str], budget: int) -> None:
+    """An empty Python has about 60. What is loaded before the first word is said is what starting up costs."""
+    Seed(cli.home).finished()
+    code = (
+        "import sys\nfrom orchestrator.cli import main\ntry:\n main(sys.argv[1:])\nexcept SystemExit: pass\n"
+        "sys.stderr.write('\\n'.join(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], env=cli.env | env, capture_output=True, text=True, check=True
+    )
+    loaded = done.stderr.split()
+    assert done.stdout and len(loaded) <= budget
+    assert words == ("--help",) or not {"typer", "pydantic", "rich"} & set(loaded)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_each_command_explains_itself(cli: Cli, command: str) -> None:
     text = cli.run(command, "--help").stdout
