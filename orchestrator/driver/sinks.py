@@ -23,6 +23,9 @@ from runs.record import RunRecord
 WANDB_INIT_SECONDS = 15
 """Without a network `wandb.init` takes 103 s to fail by default; after this it goes offline and is synced behind."""
 
+NOTHING_SENT = {"step": 0, "validation": -1}
+"""Before the first line of each kind: what is tuned is validated before its first step."""
+
 SYNC_SECONDS = 25
 """For sending behind what was logged offline, at a run's end."""
 
@@ -137,9 +140,9 @@ class Wandb:
         """The last step that was sent, by kind."""
         try:
             told = json.loads((self._directory / "wandb.json").read_text())
-            return {kind: int(told.get(kind, 0)) for kind in ("step", "validation")}
+            return {kind: int(told.get(kind, before)) for kind, before in NOTHING_SENT.items()}
         except (OSError, ValueError, AttributeError):
-            return {"step": 0, "validation": 0}
+            return dict(NOTHING_SENT)
 
     def __call__(self, run: RunRecord) -> None:
         """Send what the metrics have gained, unless the last sending is still at work."""
@@ -203,7 +206,8 @@ class Wandb:
         return [json.loads(line) for line in data.splitlines()]
 
     def finish(self, run: RunRecord) -> None:
-        """The last metrics and the table row as summary; then close, for at most half a minute."""
+        """The last metrics and the table row as summary; then close, for at most half a minute. Again where something was
+        measured after the run's end."""
         if self._sink is None:
             return
         self._busy.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from orchestrator.errors import Invalid, Unverified, Usage
 from orchestrator.models import evaluation
 from orchestrator.models.load import Opened
 from orchestrator.models.names import Found, opened
-from runs.store import Store, utcnow
+from runs.store import Store, run_dir, utcnow
 
 if TYPE_CHECKING:
     from orchestrator.data.shares import Shard
@@ -77,9 +78,11 @@ def measure(store: Store, found: Found, ask: Ask) -> dict[str, Any]:
 
 
 def keep(store: Store, found: Found, results: Sequence[dict[str, Any]]) -> None:
-    """Put results, each under its `name`, into the record of the model's run: all of them or none."""
+    """Put results, each under its `name`, into the record of the model's run, all of them or none; and into its wandb run,
+    which a living driver brings up to date by itself."""
     if found.run is None:
         return
+    from orchestrator.driver.sinks import Wandb
     from runs import events as e
 
     stream, now = e.run_stream(found.run), utcnow()
@@ -90,6 +93,13 @@ def keep(store: Store, found: Found, results: Sequence[dict[str, Any]]) -> None:
             for item in results
         ]
     )  # fmt: skip
+    record = store.record(found.run)
+    if record is not None and record.outcome is not None and record.spec["wandb"]["mode"] != "disabled":
+        Wandb(record, run_dir(store.home, found.run), _tell).finish(record)
+
+
+def _tell(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
 
 
 def asked(found: Found, ask: Ask) -> list[TestSet | str]:

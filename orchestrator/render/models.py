@@ -90,8 +90,9 @@ def losses(document: Mapping[str, Any]) -> None:
 
 def hellaswag(item: Mapping[str, Any]) -> str:
     """Accuracies in a clause."""
+    what = "item" if item["items"] == 1 else "items"
     return (f"accuracy {percent(item['accuracy'])}, length-normalised {percent(item['accuracy_normalised'])} "
-            f"(standard error {percent(item['standard_error'])}) over {item['items']:,} items")  # fmt: skip
+            f"(standard error {percent(item['standard_error'])}) over {item['items']:,} {what}")  # fmt: skip
 
 
 def judged(table: Mapping[str, Any]) -> None:

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from orchestrator.actions.named import Found
 from orchestrator.driver import sinks
 from orchestrator.driver.sinks import Wandb
+from orchestrator.models import measuring
 from tests.seeds import Seed
 
 pytestmark = pytest.mark.slow
@@ -99,6 +101,29 @@ def test_a_driver_that_takes_over_continues_the_same_wandb_run(tmp_path: Path) -
         if key.startswith("phases_usd.")
     }
     assert phases["training"] == 2.0 and sum(phases.values()) == pytest.approx(2.52)
+
+
+def test_the_base_s_validation_and_what_is_measured_later_are_there_too(tmp_path: Path) -> None:
+    """A tuning run validates before its first step; HellaSwag came after the end: the same wandb run has both."""
+    seed = Seed(tmp_path, wandb={"mode": "offline"}).rented().trained().logged()
+    metrics = seed.directory / "metrics.jsonl"
+    first = {
+        "kind": "validation",
+        "step": 0,
+        "tokens": 0,
+        "time": json.loads(metrics.read_text().splitlines()[0])["time"],
+    }
+    metrics.write_text(json.dumps({**first, "validation_loss": 5.5}) + "\n" + metrics.read_text())
+    seed.checkpoint(100).released().ended()
+    Wandb(seed.record, seed.directory, print).finish(seed.record)
+    found = Found(tmp_path, "demo", seed.run, 100)
+    measuring.keep(
+        seed.store, found, [{"kind": "hellaswag", "name": "hellaswag-1", "accuracy_normalised": 0.25}]
+    )
+    ids, history, summary, _ = told(seed.directory)
+    assert ids == {seed.run} and sum("loss" in item for item in history) == 100, "nothing is sent twice"
+    assert [item["validation_loss"] for item in history if item["_step"] == 0] == [5.5]
+    assert (summary["hellaswag"], summary["hellaswag_set"]) == (0.25, "hellaswag-1")
 
 
 def test_without_a_network_it_logs_offline_and_holds_nobody_up(
