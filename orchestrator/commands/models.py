@@ -237,9 +237,11 @@ def judge(
     store = open_store()
     asked = judging.questions(ask)
     found = modelling.find_all(store, models, which)
+    fitting = judging.that_fit(found, asked, ask)
     if not machine(as_json, output):
-        tell(f"{len(found)} models, {len(asked)} questions, {repeats} times each at {base_url}")
-    document = judging.run(store, found, asked, ask, render_models.progress())
+        left_out = f" ({len(asked) - len(fitting)} do not fit a context)" if len(fitting) < len(asked) else ""
+        tell(f"{len(found)} models, {len(fitting)} questions{left_out}, {repeats} times each at {base_url}")
+    document = judging.run(store, found, fitting, ask, render_models.progress())
     answer(document, as_json=machine(as_json, output), human=lambda: render_models.judged(document))
 
 

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from orchestrator.data.templates import TEMPLATES, Template, Turn, template
 from orchestrator.errors import Invalid, Usage
 from orchestrator.models.load import Drawing, Opened, stream
 
+if TYPE_CHECKING:
+    from trainer.config import TrainerConfig
+
 
 def template_of(opened: Opened, name: str | None = None) -> Template:
     """The template that the caller or the checkpoint names. Raises Usage where neither does."""
-    tuned = opened.config.tuned
+    return template_for(opened.config, name)
+
+
+def template_for(config: TrainerConfig, name: str | None = None) -> Template:
+    """The template that the caller or a model's configuration names. Raises Usage where neither does."""
+    tuned = config.tuned
     chosen = name or (tuned.template if tuned is not None else None)
     if chosen is None:
         raise Usage("the model was not tuned on a chat format here",

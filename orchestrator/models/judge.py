@@ -46,6 +46,7 @@ def questions_of(source: str, limit: int | None = None) -> list[Question]:
             item.instruction,
             item.context,
             item.output,
+            item.where,
         )
         for index, item in enumerate(items)
     ]

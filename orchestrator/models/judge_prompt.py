@@ -31,6 +31,8 @@ class Question:
     instruction: str
     context: str = ""
     reference: str = ""
+    where: str = ""
+    """File and line, for messages."""
 
 
 def labels(count: int) -> list[str]:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.data import bases
-from orchestrator.models import judge, judge_table, measuring
+from orchestrator.data.templates import Turn
+from orchestrator.errors import Invalid
+from orchestrator.models import chat, judge, judge_table, measuring
 from orchestrator.models import load as models
 from orchestrator.models.judge import Endpoint, JudgeError, Question
 from orchestrator.models.load import Drawing, Opened
@@ -32,6 +34,31 @@ class Ask:
 def questions(ask: Ask) -> list[Question]:
     """The questions. Raises DataError naming the line."""
     return judge.questions_of(ask.questions, ask.limit)
+
+
+def that_fit(found: list[Found], asked: list[Question], ask: Ask) -> list[Question]:
+    """The questions that every model has room for. Of a built-in set the others are left out: all models answer the same.
+
+    Raises Invalid, which names the question, for another file, and where none is left.
+    """
+    short = asked
+    for item in found:
+        base = bases.look(item.path, item.tokenizer)
+        template = chat.template_for(base.config, ask.template)
+        tokenizer, longest = bases.fitting(base.tokenizer, base.model.vocab_size), base.model.context_length
+        for question in asked:
+            prompt = template.render([Turn(question.instruction, question.context)], None)
+            if (size := len(tokenizer.encode(prompt))) <= longest:
+                continue
+            if not ask.questions.startswith("builtin:"):
+                raise Invalid(
+                    f"{question.where}: the prompt has {size} tokens, and {item.label} was trained on at most {longest}",
+                    "leave the question out",
+                )
+            short = [one for one in short if one is not question]
+    if not short:
+        raise Invalid(f"no question of {ask.questions} fits all models' contexts", "give shorter --questions")
+    return short
 
 
 def run(

@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from orchestrator import cli
+from orchestrator.data.templates import Turn, template
 from orchestrator.errors import Invalid, NoSuchRun, Usage
-from orchestrator.models import measuring, sampling
+from orchestrator.models import judging, measuring, sampling
 from orchestrator.models import names as modelling
 from orchestrator.models.evaluation import slice_name
+from orchestrator.models.judge import Endpoint
 from orchestrator.models.load import Drawing
 from orchestrator.render.models import side_by_side
 from tests import tiny_models
@@ -104,6 +106,8 @@ def test_a_word_is_a_run_or_a_folder(seed: Any, made: Any, tmp_path: Path) -> No
         (("evaluate", "THEIRS"), 2, "names no test set"),
         (("judge", "demo", "--judge", "m", "--questions", "BROKEN"), 3, "line 2"),
         (("judge", "demo", "demo-0001", "--judge", "m"), 2, "named twice"),
+        (("judge", "demo", "--judge", "m", "--questions", "LONG", "--template", "llama2"), 3, "line 2: the prompt has 88 tokens, and demo"),
+        (("judge", "demo", "--judge", "m"), 2, "was not tuned on a chat format"),
         (("export", "THEIRS", "--to", "x"), 3, "is in that form already"),
         (("export", "demo", "--to", "x", "--push", "name"), 3, "'name' is no repository"),
         (("export", "demo", "--to", "x", "--push", "me/name"), 3, "there is no token"),
@@ -118,12 +122,30 @@ def test_what_cannot_be_done_is_said_and_leaves_nothing(
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"instruction": "a", "output": "b"}\n{"instruction"\n')
-    places = {"THEIRS": made[1], "SHARD": made[2], "BROKEN": broken, "TRAINED": _tokenizer(tmp_path),
+    long = tmp_path / "long.jsonl"
+    long.write_text(
+        "".join(json.dumps({"instruction": "a" * size, "output": "b"}) + "\n" for size in (8, 70))
+    )
+    places = {"LONG": long, "THEIRS": made[1], "SHARD": made[2], "BROKEN": broken, "TRAINED": _tokenizer(tmp_path),
               "CLASSIFIER": _classifier(made[0], tmp_path)}  # fmt: skip
     got, document = ended(capsys, *(str(places.get(word, word)) for word in words))
     assert (got, set(document)) == (code, {"error"}) and message in document["error"]["message"]
     assert document["error"]["hint"]
     assert seed.store.record("demo-0001").evaluations == () and not (tmp_path / "x").exists()
+
+
+def test_a_built_in_question_that_is_too_long_for_one_model_is_asked_of_none(seed: Any, made: Any) -> None:
+    ask = judging.Ask("builtin:instructions", None, Endpoint("http://x/v1", "m"), 1, 8, "llama2", 0, "cpu")
+    asked = judging.questions(ask)
+    short = judging.that_fit(modelling.find_all(seed.store, ["demo", str(made[1])]), asked, ask)
+    assert 0 < len(short) < len(asked)
+    sizes = {
+        one.id: len(template("llama2").render([Turn(one.instruction, one.context)], None).encode())
+        for one in asked
+    }
+    assert [one.id for one in short] == [
+        one.id for one in asked if sizes[one.id] <= 64
+    ]  # a token a byte, in both
 
 
 def _classifier(language_model: Path, folder: Path) -> Path:
