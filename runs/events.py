@@ -192,6 +192,14 @@ class CheckpointDropped(Event):
     step: int
 
 
+class CheckpointGone(Event):
+    """The node that announced it has it no more: its retention let it go before it was pulled."""
+
+    kind: Literal["CheckpointGone"] = "CheckpointGone"
+    step: int
+    sha256: str
+
+
 class ProgressSeen(Event):
     """What the mirrored metrics say, and the new phase intervals they add (POSIX seconds of this machine's clock)."""
 
@@ -382,7 +390,7 @@ class BillingReconciled(Event):
 RunEvent = Annotated[
     RunCreated | StopRequested | ResumeRequested | LimitsRaised | WaitCancelled | ReleaseRequested
     | DriverStarted | OfferChosen | AttemptStarted | LaneDone | TrainerStarted | TrainerRestarted | TrainerEnded
-    | CheckpointSeen | CheckpointVerified | CheckpointDropped | ProgressSeen | EvaluationRecorded | JobFailed | AttemptEnded | RunEnded,
+    | CheckpointSeen | CheckpointVerified | CheckpointDropped | CheckpointGone | ProgressSeen | EvaluationRecorded | JobFailed | AttemptEnded | RunEnded,
     Field(discriminator="kind"),
 ]  # fmt: skip
 NodeEvent = Annotated[

@@ -204,6 +204,7 @@ def _verified(run: RunRecord, event: e.CheckpointVerified) -> RunRecord:
         attempt=old.attempt if old else 0,
         path=event.path,
         weights_only=event.weights_only,
+        gone=old.gone if old and old.sha256 == event.sha256 else False,
     )
     return _with(run, checkpoints={**run.checkpoints, event.step: item})
 
@@ -214,6 +215,13 @@ def _dropped(run: RunRecord, event: e.CheckpointDropped) -> RunRecord:
         return run
     gone = old.model_copy(update={"dropped": True, "path": None, "weights_only": False})
     return _with(run, checkpoints={**run.checkpoints, event.step: gone})
+
+
+def _let_go(run: RunRecord, event: e.CheckpointGone) -> RunRecord:
+    old = run.checkpoints.get(event.step)
+    if old is None or old.sha256 != event.sha256:
+        return run
+    return _with(run, checkpoints={**run.checkpoints, event.step: old.model_copy(update={"gone": True})})
 
 
 def _progress(run: RunRecord, event: e.ProgressSeen) -> RunRecord:
@@ -300,6 +308,7 @@ _RUN: dict[type, Callable[[RunRecord, Any], RunRecord]] = {
     e.CheckpointSeen: _seen,
     e.CheckpointVerified: _verified,
     e.CheckpointDropped: _dropped,
+    e.CheckpointGone: _let_go,
     e.ProgressSeen: _progress,
     e.EvaluationRecorded: _evaluated,
     e.JobFailed: _job_failed,

@@ -152,6 +152,8 @@ class CheckpointRecord(Fact):
     """The attempt on whose node it was last announced."""
     dropped: bool = False
     """Let go of by retention, here and on the node."""
+    gone: bool = False
+    """No longer on the node that announced it: what is here of it is all that there will be."""
     announced: str = ""
     """The sha256 of the last announcement: another one than `sha256` where it was made again after that one was here."""
     path: str | None = None
@@ -266,7 +268,7 @@ class RunRecord(Fact):
         return [
             item
             for _, item in sorted(self.checkpoints.items())
-            if item.path or (item.attempt == number and not item.dropped)
+            if item.path or (item.attempt == number and not item.dropped and not item.gone)
         ]
 
     @property

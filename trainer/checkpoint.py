@@ -24,11 +24,13 @@ from torch import Tensor
 
 from trainer import config as configuration
 from trainer import manifest
-from trainer.config import ConfigError, ModelConfig, TrainerConfig
+from trainer.config import CheckpointConfig, ConfigError, ModelConfig, TrainerConfig
 from trainer.distributed import World, whole
 from trainer.model import GPT, fill, plain_name, unpadded
 from trainer.optim import Optimizer
 
+ROOM = 3
+"""Checkpoints for which the disk must have room beside those that only wait to be fetched."""
 WEIGHTS, STATE, CONFIG = "model.safetensors", "training_state.pt", "config.json"
 
 
@@ -157,7 +159,7 @@ class Writer:
             point(self.directory, "latest", snapshot.step)
             if best:
                 point(self.directory, "best", snapshot.step)
-            retain(self.directory, self._config.checkpoint.keep)
+            retain(self.directory, self._config.checkpoint)
             target = self.directory / manifest.directory_name(snapshot.step)
             saved(Saved(snapshot.step, manifest.digest(target), manifest.read(target).bytes, best))
         except (OSError, RuntimeError, manifest.ManifestError) as error:
@@ -227,16 +229,31 @@ def linked(directory: Path, link: str) -> int | None:
         return None
 
 
-def retain(directory: Path, keep: int) -> None:
+def retain(directory: Path, rules: CheckpointConfig) -> None:
     """Remove all checkpoints but the `keep` latest and the best. Later steps than `latest` are remains of a run that was
-    resumed from an earlier one; they go too."""
+    resumed from an earlier one; they go too. Where all are to be fetched, one that is not yet stays as long as there is room
+    for `ROOM` more, and the oldest goes first."""
     latest, best = linked(directory, "latest"), linked(directory, "best")
     present = steps(directory)
     upto = [step for step in present if latest is None or step <= latest]
-    wanted = {*upto[-keep:], latest, best}
+    wanted = {*upto[-rules.keep :], latest, best}
     for step in present:
-        if step not in wanted:
+        if step not in wanted and not (rules.fetch == "all" and step in upto and _awaited(directory, step)):
             _remove(directory / manifest.directory_name(step))
+
+
+def _awaited(directory: Path, step: int) -> bool:
+    """Whether a checkpoint is still to be fetched, and the disk has room for it meanwhile."""
+    here = directory / manifest.directory_name(step)
+    try:
+        fetched = (directory / manifest.FETCHED).read_text(encoding="ascii").split()
+    except OSError:
+        fetched = []
+    try:
+        size = manifest.read(here).bytes
+        return manifest.digest(here) not in fetched and shutil.disk_usage(directory).free >= ROOM * size
+    except manifest.ManifestError:
+        return False
 
 
 def newest_whole(directory: Path, log: Callable[[str], None]) -> Path | None:

@@ -168,7 +168,7 @@ class CheckpointConfig:
     every: str | None = "15m"
     """Time between checkpoints, whichever comes first; null: not by time."""
     keep: int = 2
-    """Latest checkpoints kept on the node, besides the best."""
+    """Latest checkpoints kept on the node, besides the best; with `fetch: all` also those not fetched yet, while its disk has room."""
     fetch: Literal["none", "latest", "best", "all"] = "best"
     """What is pulled when the run succeeds; on any other end it is the full latest one, always."""
     push: str | None = None

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NAME = "manifest.json"
+FETCHED = ".fetched"
+"""In the folder of the checkpoints: the identities (`digest`) of those that are safe elsewhere, one a line."""
 _STEP = re.compile(r"step-(\d{6,})")
 
 

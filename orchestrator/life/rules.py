@@ -347,7 +347,8 @@ def _collect(
     """Bring everything home, then release; time and money decide when that does not work."""
     finished, nodes = reason == "succeeded", list(run.attempt_nodes())
     steps = terms.wanted(run, attempt)
-    here = all(item.path if finished else item.fetched for item in map(run.checkpoints.__getitem__, steps))
+    found = map(run.checkpoints.__getitem__, steps)
+    here = all(item.path if finished or item.gone else item.fetched for item in found)
     job = world.jobs.get("collect")
     if (
         job is not None

@@ -169,6 +169,9 @@ def describe(body: dict[str, Any]) -> str:
         "AttemptStarted": lambda: f"attempt {body['attempt']} begins, from step {body['from_step']}",
         "AttemptEnded": lambda: f"attempt {body['attempt']} ended ({body['reason']})",
         "CheckpointSeen": lambda: f"the node has a checkpoint of step {body['step']}",
+        "CheckpointGone": lambda: (
+            f"the node let the checkpoint of step {body['step']} go before it was here, as checkpoint.keep says"
+        ),
         "CheckpointDropped": lambda: f"the checkpoint of step {body['step']} made room for newer ones",
     }
     return words[kind]() if kind in words else kind

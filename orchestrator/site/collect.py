@@ -107,8 +107,10 @@ def _pull(
     partial = to / f".{manifest.directory_name(item.step)}.partial"
     partial.mkdir(parents=True, exist_ok=True)
     source = f"{node_directory}/checkpoints/{manifest.directory_name(item.step)}"
-    body = remote.read(f"{source}/manifest.json")
-    (partial / "manifest.json").write_bytes(body)
+    kept, published = partial / manifest.NAME, final / manifest.NAME
+    if not kept.exists() or manifest.digest(partial) != item.sha256:  # else of a transfer that broke
+        body = published.read_bytes() if published.exists() else remote.read(f"{source}/{manifest.NAME}")
+        kept.write_bytes(body)
     if manifest.digest(partial) != item.sha256:
         raise VerificationError(
             f"the manifest of step {item.step} on the node is not the one that was announced"
@@ -131,6 +133,16 @@ def _pull(
             f"{final} vanished while it was written", "is another program cleaning LLMCTL_HOME?"
         )
     return result
+
+
+def let_go(remote: Remote, node_directory: str, item: CheckpointRecord) -> bool:
+    """Whether a checkpoint that is not found on its node was let go by retention there: a newer one has taken its place. Where
+    nothing newer is found either, the folder itself is out of reach, and that is no reason to give anything up."""
+    try:
+        newest = json.loads(remote.read(f"{node_directory}/checkpoints/latest/{manifest.NAME}"))
+        return int(newest["step"]) > item.step
+    except (RemoteError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _verify(path: Path, entry: manifest.Entry) -> None:
@@ -190,9 +202,16 @@ def superfluous(run: RunRecord) -> Iterator[int]:
 class Puller:
     """Pulls one checkpoint at a time, in the background while steps run and on demand when they have ended."""
 
-    def __init__(self, directory: Path, clock: Clock, wake: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        clock: Clock,
+        wake: Callable[[], None],
+        gone: Callable[[CheckpointRecord], None],
+    ) -> None:
+        """`gone` is told of what its node has let go."""
         self.folder = directory / "checkpoints"
-        self._clock, self._wake = clock, wake
+        self._clock, self._wake, self._gone = clock, wake, gone
         self._lock = threading.Lock()
         self._whole: dict[int, Whole] = {}
         self._tried: dict[tuple[int, str], float] = {}
@@ -211,9 +230,9 @@ class Puller:
     ) -> None:
         """Pull these now, one after the other; weights of all before the rest of any."""
         with self._lock:
+            left = list(items)
             for first in [True, weights_only] if not weights_only else [True]:
-                for item in items:
-                    self._take(remote, directory, item, weights_only=first)
+                left = [item for item in left if self._take(remote, directory, item, weights_only=first)]
 
     def background(self, remote: Remote, directory: str, run: RunRecord) -> None:
         """Begin to pull the newest announced checkpoint, then the best (all, oldest first, where all are wanted)."""
@@ -226,19 +245,22 @@ class Puller:
             for item in wanted
             if item is not None
             and not item.fetched
+            and not item.gone
             and run.attempt is not None
             and item.attempt == run.attempt.number
             and now - self._tried.get((item.step, item.sha256), -1e9) > 30
         ]
         if not waiting:
             return
-        item = waiting[0]
+        item, everything = waiting[0], run.spec["checkpoint"]["fetch"] == "all"
 
         def work() -> None:
             self._tried[item.step, item.sha256] = now
             try:
                 with self._lock:
                     self._take(remote, directory, item, weights_only=False)
+                if everything:
+                    self._tell(remote, directory)
             except (RemoteError, VerificationError, transfer.TransferError, OSError):
                 return  # tried again later, and at the end with a voice
             self._wake()
@@ -246,9 +268,23 @@ class Puller:
         self._thread = threading.Thread(target=work, name=f"pull step {item.step}", daemon=True)
         self._thread.start()
 
-    def _take(self, remote: Remote, directory: str, item: CheckpointRecord, *, weights_only: bool) -> None:
-        self._whole[item.step] = pull(remote, directory, item, self.folder, weights_only=weights_only)
+    def _take(self, remote: Remote, directory: str, item: CheckpointRecord, *, weights_only: bool) -> bool:
+        """Pull one; False where the node has let it go."""
+        try:
+            whole = pull(remote, directory, item, self.folder, weights_only=weights_only)
+        except NoSuchFile:
+            if not let_go(remote, directory, item):
+                raise
+            self._gone(item)
+            return False
+        self._whole[item.step] = whole
         self._wake()
+        return True
+
+    def _tell(self, remote: Remote, directory: str) -> None:
+        """Leave word on the node of what is whole here: its retention lets go of that first (`trainer.checkpoint`)."""
+        whole = [item.sha256 for item in self.whole() if not item.weights_only]
+        remote.write(f"{directory}/checkpoints/{manifest.FETCHED}", "\n".join(whole).encode())
 
     def clean(self, run: RunRecord) -> None:
         """Delete what the record has let go of, and point `latest` and `best` at what it has."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from orchestrator.remote import transfer
 from orchestrator.remote.access import Access
+from orchestrator.remote.connection import NoSuchFile
 from orchestrator.remote.node import Remote
 from orchestrator.site import collect, pushed
 from provisioning import open_provider
@@ -28,6 +29,10 @@ class NothingToFetch(Exception):
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
         self.hint = hint
+
+
+class LetGo(NothingToFetch):
+    """Its node has let it go, as retention there says."""
 
 
 def elsewhere(run: RunRecord) -> list[CheckpointRecord]:
@@ -85,19 +90,25 @@ def fetch(
     weights_only: bool = False,
     progress: transfer.Progress | None = None,
 ) -> list[collect.Whole]:
-    """Verified copies of `items`, in the run's own folder and, with `to`, there as well. What is here moves no bytes.
+    """Verified copies of `items`, in the run's own folder and, with `to`, there as well. What is here moves no bytes; of several,
+    those that their node has let go meanwhile are left out.
 
     Raises NothingToFetch, collect.VerificationError, RemoteError, TransferError.
     """
     folder = run_dir(store.home, run.run) / "checkpoints"
     result = []
-    for item in items:
+    for number, item in enumerate(items, 1):
         whole = collect.here(Path(item.path)) if item.path else None
         if whole is None or whole.sha256 != item.sha256 or (whole.weights_only and not weights_only):
             whole = _from_bucket(store, run, item, folder)
-            whole = whole or _from_node(
-                store, run, item, folder, weights_only=weights_only, progress=progress
-            )
+            try:
+                whole = whole or _from_node(
+                    store, run, item, folder, weights_only=weights_only, progress=progress
+                )
+            except LetGo:
+                if result or number < len(items):
+                    continue
+                raise
         result.append(_copy(whole, to, weights_only=weights_only) if to is not None else whole)
     return result
 
@@ -151,10 +162,19 @@ def _from_node(
     hardware = dict(run.spec["hardware"])
     provider = open_provider(run.provider, Home(store.home, store.owner), hardware)
     access = Access(Home(store.home, store.owner), hardware, provider.traits)
+    there = f"~/llmctl/runs/{run.run}"
     with Remote(access.address(node)) as remote:
-        whole = collect.pull(
-            remote, f"~/llmctl/runs/{run.run}", item, folder, weights_only=weights_only, progress=progress
-        )
+        try:
+            whole = collect.pull(remote, there, item, folder, weights_only=weights_only, progress=progress)
+        except NoSuchFile:
+            if not collect.let_go(remote, there, item):
+                raise
+            gone = e.CheckpointGone(at=utcnow(), step=item.step, sha256=item.sha256)
+            store.commit([(e.run_stream(run.run), gone)])
+            raise LetGo(
+                f"the node has let step {item.step} of {run.run} go, as checkpoint.keep says",
+                "a higher checkpoint.keep, or fetch: all, keeps more of them for longer",
+            ) from None
     _note(store, run, whole)
     return whole
 

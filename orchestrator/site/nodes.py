@@ -25,7 +25,7 @@ from orchestrator.site import collect, environment, group, prepare, pushed, star
 from orchestrator.site.journal import Journal
 from orchestrator.site.watch import Watch
 from runs import events as e
-from runs.record import NodeRecord, RunRecord
+from runs.record import CheckpointRecord, NodeRecord, RunRecord
 from runs.store import run_dir
 
 Change = tuple[str, e.RunEvent | e.NodeEvent]
@@ -64,7 +64,7 @@ class NodeSite:
         self._group: group.Group | None = None
         self._odd_since: float | None = None
         """Since when some supervisors of the attempt have ended and others have not."""
-        self._puller = collect.Puller(self.directory, clock, wake)
+        self._puller = collect.Puller(self.directory, clock, wake, self._gone)
         self._renewer = pushed.Renewer(plan.objects, clock)
 
     # ------------------------------------------------------------ Site
@@ -196,9 +196,8 @@ class NodeSite:
             found = collect.evaluations(watch.remote, watch.directory, run, self._clock, self._plan.decode)
             with self._lock:
                 self._news += found
-            self._puller.fetch(
-                watch.remote, watch.directory, [run.checkpoints[step] for step in steps], weights_only
-            )
+            items = [item for step in steps if not (item := run.checkpoints[step]).gone]
+            self._puller.fetch(watch.remote, watch.directory, items, weights_only)
             if self._plan.objects is not None:
                 pushed.settle(watch.remote, run, self._clock)
 
@@ -388,6 +387,10 @@ class NodeSite:
                 self._wake()
 
         threading.Thread(target=run, name=name, daemon=True).start()
+
+    def _gone(self, item: CheckpointRecord) -> None:
+        gone = e.CheckpointGone(at=self._clock.now(), step=item.step, sha256=item.sha256)
+        self._add(e.run_stream(self.run), gone)
 
     def _add(self, stream: str, event: e.RunEvent | e.NodeEvent) -> None:
         with self._lock:

@@ -82,6 +82,22 @@ def test_what_the_nodes_gpus_do_is_told_here(cli: Cli) -> None:
     assert "GPU 96%, 60.0 GiB, 71 °C, 640 W" in cli.run("show", run).stdout
 
 
+def test_checkpoints_that_the_node_lets_go_too_soon_hold_nothing_up(cli: Cli) -> None:
+    """All are to be fetched, and a trainer of the user's own keeps two however slow the link: those that are there are pulled, the
+    others are said to be gone, and the run ends as it should."""
+    changes = {"checkpoint": {"every_steps": 2, "keep": 2, "fetch": "all"}, "train__steps": 60}
+    (cli.home / "run.yaml").write_text(spec(trainer={"path": plain_trainer(cli.home)}, **changes))
+    cli.run("launch", "run.yaml")
+    run = cli.only()
+    document = cli.show(run)
+    assert (document["state"], document["reason"]) == ("succeeded", "finished")
+    here = [item["step"] for item in document["checkpoints"] if item["fetched"]]
+    gone = [item["step"] for item in document["events"] if item["kind"] == "CheckpointGone"]
+    assert {58, 60} <= set(here) and gone
+    assert sorted({*here, *gone}) == list(range(2, 61, 2)), "each is here, or said to be gone"
+    assert [item["step"] for item in cli.json("fetch-checkpoint", run, "--which", "all")] == sorted(here)
+
+
 def test_second_launch_sends_nothing_again(cli: Cli) -> None:
     """What the first run left on the node's home is used by the second: no shard is sent, no environment is looked for."""
     (cli.home / "run.yaml").write_text(spec(train__steps=10, train__validate_every=10))

@@ -39,7 +39,7 @@ def test_a_run_is_tuned_and_measured_on_nodes(cli: Cli, tmp_path: Path) -> None:
     cli.run("init", "tune.yaml", "--recipe", "finetune")
     base, faster = (
         ("--set", "tune.base=demo"),
-        ("--set", "tune.train.epochs=3", "--set", "checkpoint.fetch=all", "--set", "checkpoint.keep=3"),
+        ("--set", "tune.train.epochs=3", "--set", "checkpoint.fetch=all"),
     )
     plan = cli.json("plan", "tune.yaml", *base)
     assert plan["predicted"]["tokens_per_second"] is None and "tuning" in " ".join(plan["predicted"]["notes"])

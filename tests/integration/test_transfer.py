@@ -9,16 +9,21 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
+from orchestrator.clock import SystemClock
 from orchestrator.remote import kit as kits
 from orchestrator.remote import lanes, openssh, pieces, questions, rsync, transfer
 from orchestrator.remote.kit import Kit
 from orchestrator.remote.node import CommandFailed, ConnectionLost, NodeUnreachable, NoSuchFile, Remote
+from orchestrator.site import collect
+from runs.record import CheckpointRecord
 from tests.nodes import Node, Proxy, any_node, local, node, processes, stop_master, until
+from trainer import manifest
 
 __all__ = ["any_node", "node"]
 WAYS = ["rsync", "ssh", "fabric"]
@@ -64,6 +69,40 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make a megabyte a large file, of many pieces."""
     monkeypatch.setattr(transfer, "LARGE", 1 << 20)
     monkeypatch.setattr(lanes, "PIECE", 1 << 18)
+
+
+def test_a_checkpoint_that_retention_let_go_is_known_to_be_gone(node: Node, tmp_path: Path) -> None:
+    """Where a newer one has taken its place; where nothing is found at all, nothing is given up. What is whole here, and the
+    manifest of what came half, are not asked for again."""
+    checkpoints = node.home / "llmctl" / "runs" / "r" / "checkpoints"
+    items = {step: announced(checkpoints, step) for step in (10, 20)}
+    gone: list[int] = []
+    puller = collect.Puller(tmp_path, SystemClock(), lambda: None, lambda item: gone.append(item.step))
+    shutil.rmtree(checkpoints / "step-000010")
+    with node.remote() as remote:
+        there = "~/llmctl/runs/r"
+        with pytest.raises(NoSuchFile):
+            puller.fetch(remote, there, [items[10]], weights_only=False)
+        (checkpoints / "latest").symlink_to("step-000020")
+        puller.fetch(remote, there, list(items.values()), weights_only=False)
+        assert (gone, [item.step for item in puller.whole()]) == ([10], [20])
+        (checkpoints / "step-000020" / manifest.NAME).unlink()
+        puller.fetch(remote, there, [items[20]], weights_only=False)
+        partial = tmp_path / "checkpoints" / ".step-000020.partial"
+        (tmp_path / "checkpoints" / "step-000020").rename(partial)
+        puller.fetch(remote, there, [items[20]], weights_only=False)
+    assert manifest.verify(tmp_path / "checkpoints" / "step-000020") == []
+
+
+def announced(checkpoints: Path, step: int) -> CheckpointRecord:
+    """A checkpoint on a node."""
+    folder = checkpoints / manifest.directory_name(step)
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(os.urandom(1000))
+    (folder / "training_state.pt").write_bytes(os.urandom(1000))
+    manifest.write(folder, step)
+    sha256 = manifest.digest(folder)
+    return CheckpointRecord(step=step, sha256=sha256, bytes=2000, seen_at=datetime.now(UTC), attempt=1)
 
 
 def test_there_and_back_and_nothing_twice(

@@ -42,6 +42,8 @@ class Box:
     machine: Machine
     prepared: bool = False
     checkpoints: dict[int, str] = field(default_factory=dict)
+    announced: dict[int, str] = field(default_factory=dict)
+    """Those that were let go, which the metrics still tell of."""
     process: Process | None = None
 
     def boots(self, t: float) -> int:
@@ -79,6 +81,7 @@ class Box:
         first = (process.from_step // plan.every + 1) * plan.every
         for step in range(first, last + 1, plan.every):
             self.checkpoints.setdefault(step, f"{self.machine.id}-{step}")
+        self.let_go(plan)
         if at > horizon:
             return
         graceful = reason in {"finished", "deadline"} or (
@@ -86,7 +89,13 @@ class Box:
         )
         if graceful and last > 0:
             self.checkpoints.setdefault(last, f"{self.machine.id}-{last}")
+            self.let_go(plan)
         process.end = (at, reason, last)
+
+    def let_go(self, plan: Plan) -> None:
+        """Retention: the newest stay."""
+        for step in sorted(self.checkpoints)[: -plan.keep]:
+            self.announced[step] = self.checkpoints.pop(step)
 
     def step(self, t: float, plan: Plan) -> int:
         """The step at `t`."""
@@ -271,11 +280,16 @@ class Nodes:
         now = self._date(0.0)
         if attempt is None:
             return
-        for step, sha in box.checkpoints.items():
+        for step, sha in sorted((box.announced | box.checkpoints).items()):
             known = run.checkpoints.get(step)
             if known is None or known.announced != sha:
                 yield stream, e.CheckpointSeen(at=now, step=step, sha256=sha, bytes=BYTES)
-            elif not known.fetched and step not in self._pulls and attempt.trainer_end is None:
+            elif (
+                not known.fetched
+                and not known.gone
+                and step not in self._pulls
+                and attempt.trainer_end is None
+            ):
                 slow = 60.0 if self._fault("pull") else 0.0
                 self._pulls[step] = t + self.plan.pull_seconds + slow
         if process is None or process.token != attempt.token:
@@ -328,9 +342,8 @@ class Nodes:
                 continue
             running.job = Job("done", self._date(0.0))
             if word == "collect":
-                self.here.update(
-                    {step: box.checkpoints[step] for step in running.steps if step in box.checkpoints}
-                )
+                for step in running.steps:
+                    yield from self._pull(run, box, step)
             elif "preflight" in box.machine.faults:
                 yield e.node_stream(key), e.PreflightFailed(at=self._date(0.0), reason="a GPU is missing")
             else:
@@ -345,15 +358,22 @@ class Nodes:
         for step, due in list(self._pulls.items()):
             if t < due:
                 continue
-            if box is None or step not in box.checkpoints:
+            if box is None:
                 del self._pulls[step]
             elif box.reachable(t, self.plan):
                 del self._pulls[step]
-                self.here[step] = box.checkpoints[step]
+                yield from self._pull(run, box, step)
             else:
                 self._pulls[step] = t + 10.0
-        return
-        yield
+
+    def _pull(self, run: RunRecord, box: Box, step: int) -> Iterator[Change]:
+        """Bring one home, or learn that the node has let it go."""
+        known = run.checkpoints.get(step)
+        if step in box.checkpoints:
+            self.here[step] = box.checkpoints[step]
+        elif known is not None and box.announced.get(step) == known.sha256:
+            gone = e.CheckpointGone(at=self._date(0.0), step=step, sha256=known.sha256)
+            yield e.run_stream(run.run), gone
 
     def _arrived(self, run: RunRecord) -> Iterator[Change]:
         for step, sha in self.here.items():

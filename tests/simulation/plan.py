@@ -69,6 +69,8 @@ class Plan:
     nodes: int = 1
     on_finish: str = "terminate"
     fetch: str = "latest"
+    keep: int = 100
+    """Checkpoints that a node keeps; those before them are let go, fetched or not."""
     max_restarts: int = 3
     audit: str = "none"
     """The provider's log of lives: none | honest | forbidden | skewed (by a clock that is wrong)"""
@@ -118,6 +120,7 @@ def _world(rng: random.Random) -> dict[str, Any]:
         "audit_lag_seconds": rng.choice((0.0, 12.0, 1e9)),
         "late_seconds": rng.choice((150.0, 150.0, 900.0)),
         "neighbour": rng.choice((False, True)),
+        "keep": rng.choice((1, 2, 100)),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import threading
 from collections.abc import Callable
 from itertools import pairwise
@@ -17,7 +18,7 @@ import torch
 from tests.trainer.conftest import MODEL, losses, records, status
 from trainer import cache, checkpoint, evaluate, loop, manifest
 from trainer.batches import Reader
-from trainer.config import load
+from trainer.config import CheckpointConfig, load
 from trainer.session import can_compile
 from trainer.shards import Order, probe, write_bin
 
@@ -153,6 +154,26 @@ def test_the_best_checkpoint_stays(
     assert checkpoint.linked(out / "checkpoints", "best") == 8
     assert checkpoint.linked(out / "checkpoints", "latest") == 20
     assert [line["step"] for line in records(out, "checkpoint") if line["best"]] == [4, 8]
+
+
+def test_what_is_to_be_fetched_stays_while_there_is_room(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `fetch: all`, `keep` lets go of what is safe elsewhere; of the rest, the oldest first, only for want of room."""
+    folder = tmp_path / "out" / "checkpoints"
+    assert train(make_config(train={"steps": 20}, checkpoint={"fetch": "all"}), tmp_path / "out") == 0
+    assert checkpoint.steps(folder) == [4, 8, 12, 16, 20]
+    rules = CheckpointConfig(keep=2, fetch="all")
+    (folder / manifest.FETCHED).write_text(manifest.digest(folder / manifest.directory_name(8)))
+    checkpoint.retain(folder, rules)
+    assert checkpoint.steps(folder) == [4, 12, 16, 20]
+    size = manifest.read(folder / "latest").bytes
+    full = iter([(0, 0, checkpoint.ROOM * size - 1), (0, 0, checkpoint.ROOM * size)])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(*next(full)))
+    checkpoint.retain(folder, rules)
+    assert checkpoint.steps(folder) == [12, 16, 20]
+    checkpoint.retain(folder, CheckpointConfig(keep=2))
+    assert checkpoint.steps(folder) == [16, 20]
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(make_config: MakeConfig, tmp_path: Path) -> None:

@@ -127,6 +127,18 @@ def test_what_was_on_a_lost_node_is_not_available() -> None:
     assert story.record.resume_step == 50
 
 
+def test_what_its_node_has_let_go_is_not_waited_for() -> None:
+    story = Story(fetch="all").training().seen(50).seen(60)
+    story.verified(60, weights_only=True)
+    gone = [e.CheckpointGone(at=story.now, step=step, sha256=f"s{step}") for step in (50, 60)]
+    story.tell(gone[0]).tell(gone[1])
+    assert [item.step for item in story.record.available] == [60], "its weights are here, and stay"
+    story.tell(e.CheckpointSeen(at=story.now, step=50, sha256="other", bytes=10))
+    assert [item.step for item in story.record.available] == [50, 60], "made again"
+    story.tell(gone[0])
+    assert not story.record.checkpoints[50].gone, "that was said of the other bytes"
+
+
 def test_weights_alone_cannot_be_resumed_from() -> None:
     story = Story().training().seen(50).verified(50, weights_only=True)
     assert story.record.resume_step == 0

@@ -580,6 +580,17 @@ def test_the_node_waits_for_verified_bytes_and_for_nothing_else() -> None:
     assert story.decide(done) == w.Terminate(KEY, "succeeded")
 
 
+@pytest.mark.parametrize("end", ["finished", "failed"])
+def test_what_the_node_has_let_go_holds_nothing_up(end: str) -> None:
+    """Only what can still be had is waited for: step 50 is gone, and of step 100 the weights are all that there will be."""
+    story = Story(fetch="all").training().seen(50).seen(100).verified(100, weights_only=True)
+    story.after(9).ended(end).after(1)
+    for step in (50, 100):
+        story.tell(e.CheckpointGone(at=story.now, step=step, sha256=f"s{step}"))
+    done = w.Job("done", story.now)
+    assert isinstance(story.decide(story.trains("ended", job=done)), w.Terminate)
+
+
 def test_a_collection_of_an_earlier_attempt_says_nothing() -> None:
     story = Story().training().seen(100, here=True).after(5).ended("finished").after(5)
     assert story.decide(story.trains("ended", job=_job(story, "done", ago=100))) == w.Collect((100,))
