@@ -2,7 +2,8 @@
 
 A node bills from the moment it was first seen active (counted from the last moment at which it was known not to be, so that
 a driver that was away errs on the side of the bill) to the moment at which its termination was accepted, once the
-provider confirms that it is gone. Until then the figure is an upper bound and says so.
+provider confirms that it is gone. Until then the figure is an upper bound and says so. So is that of a node which ended by itself
+while nobody looked (it was kept, or no driver lived): it bills until it was found gone, and only a provider's log could tell better.
 
 A node that several runs had one after the other has one bill, split at the moments of the claims: each run pays from its claim
 to the next, the time for which it kept the node included. What the provider's rounding and minimum add falls to the last.
@@ -24,6 +25,11 @@ DOUBT = timedelta(minutes=1)
 """How long a node may have been active between two looks that did not see it so, before that is billed."""
 
 
+UNSEEN = timedelta(minutes=5)
+"""How long before it was found gone a node that ended by itself may have been seen last, for its bill to be the whole truth: what
+a driver needs to notice and to believe it."""
+
+
 @dataclass(frozen=True)
 class Bill:
     """What one node costs: [start, end) in billed time, rounded as its tariff rounds."""
@@ -35,7 +41,7 @@ class Bill:
     """Billed seconds, rounding and minimum included."""
     micro_usd: int
     final: bool
-    """False: the node still bills, or its end is not confirmed, and the figure is an upper bound."""
+    """False: the node still bills, its end is not confirmed, or nobody saw when it ended; the figure is an upper bound."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ def node_share(node: NodeRecord, run: str, now: datetime) -> Bill | None:
         end=moments[turn + 1],
         seconds=seconds[turn + 1] - seconds[turn],
         micro_usd=spent[turn + 1] - spent[turn],
-        final=bill.final or turn < len(node.claims),
+        final=bill.final or (turn < len(node.claims) and _seen_until(node, node.claims[turn].at)),
     )
 
 
@@ -110,8 +116,15 @@ def _end(node: NodeRecord, now: datetime) -> tuple[datetime, bool]:
     if node.billing_ended_at is not None:
         return node.billing_ended_at, True
     if node.gone_at is not None:
-        return node.terminate_accepted_at or node.gone_at, True
+        if node.terminate_accepted_at is not None:
+            return node.terminate_accepted_at, True
+        return node.gone_at, _seen_until(node, node.gone_at)
     return now, False
+
+
+def _seen_until(node: NodeRecord, moment: datetime) -> bool:
+    """Whether a node that ended by itself was seen to be there until about `moment`."""
+    return node.seen_at is None or moment - node.seen_at <= UNSEEN
 
 
 def contradiction(node: NodeRecord, said: BillingEvidence) -> str | None:

@@ -374,6 +374,8 @@ class NodeGone(Event):
 
     kind: Literal["NodeGone"] = "NodeGone"
     evidence: str
+    seen_at: datetime | None = None
+    """The last moment at which it was known to be there."""
 
 
 class BillingReconciled(Event):

@@ -39,7 +39,7 @@ def fold_node(node: NodeRecord | None, event: e.NodeEvent) -> NodeRecord:
 def _answered(node: NodeRecord, event: e.LaunchAnswered | e.LaunchFound) -> NodeRecord:
     # A node that was believed gone or abandoned and is there after all bills again until it is really gone. When its
     # termination was accepted stays: where the list was only late, that is still when billing ended.
-    again = ("gone_at", "gone_evidence", "billing_ended_at", "audited") if node.gone_at else ()
+    again = ("gone_at", "gone_evidence", "seen_at", "billing_ended_at", "audited") if node.gone_at else ()
     back: dict[str, Any] = dict.fromkeys(again)
     return _with(node, answer="known", id=event.id, **back)
 
@@ -109,6 +109,7 @@ def _gone(node: NodeRecord, event: e.NodeGone) -> NodeRecord:
         node,
         gone_at=event.at,
         gone_evidence=event.evidence,
+        seen_at=max(at for at in (event.seen_at, node.ready_at, node.active_at, node.intended_at) if at),
         answer=answer,
         kept=False,
     )

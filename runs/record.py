@@ -70,6 +70,8 @@ class NodeRecord(Fact):
     terminate_accepted_at: datetime | None = None
     gone_at: datetime | None = None
     gone_evidence: str | None = None
+    seen_at: datetime | None = None
+    """Once it is gone: the last moment at which it was known to be there."""
     billing_ended_at: datetime | None = None
     audited: str | None = None
     """What the provider's log said of its life, in words, once that was asked."""

@@ -108,7 +108,9 @@ def _node(run: RunRecord, node: NodeRecord, now: datetime) -> dict[str, Any]:
         "unguarded": node.unguarded,
         "kept": mine and node.kept,
         "kept_until": _iso(node.kept_until) if mine else None,
-        "billing_from": whole.start.timestamp() if whole and bill and not bill.final else None,
+        "billing_from": whole.start.timestamp()
+        if whole and bill and not bill.final and not node.settled
+        else None,
         "before_micro_usd": whole.micro_usd - bill.micro_usd if whole and bill and mine else 0,
         "granularity_seconds": node.offer.tariff.granularity_seconds,
         "minimum_seconds": node.offer.tariff.minimum_seconds,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from functools import singledispatchmethod
 from typing import Any
 
@@ -126,6 +126,14 @@ class Hands:
             not_before=max(node.intended_at, before) if before else None,
         )
 
+    def _gone(self, node: NodeRecord, run: RunRecord, evidence: str) -> e.NodeGone:
+        """That a node is no more, and when it was last known to be there: by an inventory, or by what it said itself."""
+        told = [self.sight.seen_at[node.key]] if node.key in self.sight.seen_at else []
+        if run.attempt is not None and node.key in run.attempt.keys and run.intervals:
+            told.append(datetime.fromtimestamp(run.intervals[-1][2], UTC))
+        now = self.clock.now()
+        return e.NodeGone(at=now, evidence=evidence, seen_at=min(now, max(told)) if told else None)
+
     @perform.register
     def _(self, effect: w.Confirm, run: RunRecord) -> None:
         node = self._node(run, effect.key)
@@ -141,11 +149,11 @@ class Hands:
             # One that was never seen may only be too new to be known: a young "not found" proves nothing.
             young = (now - node.intended_at).total_seconds() < self.provider.traits.look_seconds
             if not (young and node.status is None):
-                self._note(node, (stream, e.NodeGone(at=now, evidence="not found")))
+                self._note(node, (stream, self._gone(node, run, "not found")))
         elif facts.status in ENDED:
-            self._note(node, (stream, e.NodeGone(at=now, evidence=f"reported as {facts.status}")))
+            self._note(node, (stream, self._gone(node, run, f"reported as {facts.status}")))
         else:
-            self.sight.absent[effect.key] = ()
+            self.sight.absent[effect.key], self.sight.seen_at[effect.key] = (), now
             observed = self._observed(node, facts, self.sight.inventory.at if self.sight.inventory else None)
             if observed is not None:
                 self._note(node, observed)
@@ -255,8 +263,8 @@ class Hands:
 
     @perform.register
     def _(self, effect: w.DeclareGone, run: RunRecord) -> None:
-        gone = e.NodeGone(at=self.clock.now(), evidence=effect.evidence)
-        self._note(self._node(run, effect.key), (e.node_stream(effect.key), gone))
+        node = self._node(run, effect.key)
+        self._note(node, (e.node_stream(effect.key), self._gone(node, run, effect.evidence)))
 
     # -------------------------------------------------------- letting go
 

@@ -10,7 +10,7 @@ from typing import Protocol
 from orchestrator.life import world as w
 from provisioning.base import Provider
 from runs import events as e
-from runs.facts import Inventory, Offer
+from runs.facts import ENDED, Inventory, Offer
 from runs.record import NodeRecord, RunRecord
 
 
@@ -59,6 +59,8 @@ class Sight:
     previous_at: datetime | None = None
     looked_at: datetime | None = None
     absent: dict[str, tuple[datetime, ...]] = field(default_factory=dict)
+    seen_at: dict[str, datetime] = field(default_factory=dict)
+    """key → when its node was last seen to be there."""
     confirmed_at: dict[str, datetime] = field(default_factory=dict)
     stop_asked: tuple[datetime, bool] | None = None
     lease_tried_at: dict[str, datetime] = field(default_factory=dict)
@@ -72,8 +74,10 @@ class Sight:
         self.previous_at = self.inventory.at if self.inventory else None
         self.inventory, self.complaint = inventory, None
         for node in nodes:
-            shown = inventory.find(node.key, node.id) is not None
-            self.absent[node.key] = () if shown else (*self.absent.get(node.key, ())[-8:], inventory.at)
+            found = inventory.find(node.key, node.id)
+            if found is not None and found.status not in ENDED:
+                self.seen_at[node.key] = inventory.at
+            self.absent[node.key] = () if found else (*self.absent.get(node.key, ())[-8:], inventory.at)
 
     def world(self, provider: Provider, view: SiteView, given_up: tuple[NodeRecord, ...] = ()) -> w.World:
         """The world as `decide` wants it."""

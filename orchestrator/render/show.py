@@ -76,6 +76,8 @@ def money(run: RunRecord, now: datetime) -> str:
     totals = charges.totals(run, now)
     cost = dollars(totals.micro_usd / MICRO)
     bound = "" if totals.final else " so far, an upper bound until the end of its nodes is confirmed"
+    if bound and all(node.settled for node in run.owned):
+        bound = ", an upper bound: a node ended by itself while nobody looked, and is counted until it was found gone"
     text = f"cost {cost}{bound}; billed {duration(totals.billed_seconds)}, training {duration(totals.training_seconds)}"
     return (
         f"{text}, overhead {percent(totals.overhead_fraction)}"

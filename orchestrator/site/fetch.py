@@ -96,7 +96,7 @@ def fetch(
     Raises NothingToFetch, collect.VerificationError, RemoteError, TransferError.
     """
     folder = run_dir(store.home, run.run) / "checkpoints"
-    result = []
+    result: list[collect.Whole] = []
     for number, item in enumerate(items, 1):
         whole = collect.here(Path(item.path)) if item.path else None
         if whole is None or whole.sha256 != item.sha256 or (whole.weights_only and not weights_only):

@@ -238,8 +238,6 @@ class Rules:
             billed = bill.seconds if bill is not None else 0.0
             truth = charges.billed(seconds, node.offer.tariff) if seconds > 0 else 0.0
             low = truth - 60.0 - self.s.plan.lag_seconds - self.s.plan.minimum_seconds * (truth <= 60)
-            if self.s.plan.on_finish == "keep" and machine.death[0] < machine.ended:
-                continue  # nobody watches a node that is kept until further notice
             if node.answer == "abandoned" and not machine.alive(self.s.t):
                 continue  # it came late or was called by a driver that died, and ended unseen: only an audit could tell
             _hold(billed >= low, f"{node.key}: {billed:.0f} s on the bill, {truth:.0f} s in truth")
@@ -248,7 +246,11 @@ class Rules:
                 high += (
                     self.s.plan.late_seconds
                 )  # it appeared while nobody looked: only the log could tell when
-            _hold(billed <= high, f"{node.key}: {billed:.0f} s on the bill, {truth:.0f} s in truth")
+            # A node that ended while nobody looked has a bill that says it is an upper bound, and nothing more is asked of it.
+            _hold(
+                billed <= high or bill is None or not bill.final,
+                f"{node.key}: {billed:.0f} s on the bill, {truth:.0f} s in truth",
+            )
 
     def _logged(self, node: NodeRecord, machine: Machine) -> None:
         """A log that is believed ends the bill to the second; one whose clock is wrong is not believed."""

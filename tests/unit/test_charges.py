@@ -228,3 +228,16 @@ def test_a_running_bill_never_shrinks(moments: list[float]) -> None:
         charges.total(story.record, story.now + timedelta(seconds=moment)) for moment in sorted(moments)
     ]
     assert figures == sorted(figures)
+
+
+def test_a_node_that_ended_while_nobody_looked_has_an_upper_bound() -> None:
+    """It is counted until it was found gone, and that is said to be the whole truth only where it was seen until about then."""
+    watched, unseen = (Story().begun().launched().after(10).ready().after(3600) for _ in range(2))
+    watched.tell(
+        e.NodeGone(at=watched.now, evidence="not found", seen_at=watched.now - timedelta(minutes=4)), KEY
+    )
+    unseen.tell(e.NodeGone(at=unseen.now, evidence="not found"), KEY)
+    assert _bill(watched).end == _bill(unseen).end == watched.now
+    assert (_bill(watched).final, _bill(unseen).final) == (True, False)
+    ended = e.BillingReconciled(at=unseen.now, source="the log", ended=at(600))
+    assert (_bill(unseen.tell(ended, KEY)).end, _bill(unseen).final) == (at(600), True)
