@@ -19,10 +19,9 @@ import os
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 
-from trainer import manifest
+from trainer import clock, manifest
 from trainer.progress import Metrics, Status, log, step_line
 
 STEP_SECONDS = 0.01
@@ -75,26 +74,26 @@ def train(config, out, resume):
     status = Status(out, world_size=int(os.environ["WORLD_SIZE"]), microbatch_size=settings["microbatch_size"])
     metrics = Metrics(out / "metrics.jsonl")
     status.update(state="running", step=step, steps=steps)
-    metrics.write({"kind": "system", "step": step, "time": time.time(), "gpus": 0, "parameters": 1, "world_size": 2,
+    metrics.write({"kind": "system", "step": step, "time": clock.now(), "gpus": 0, "parameters": 1, "world_size": 2,
                    "microbatch_size": settings["microbatch_size"], "flops_per_token": 6})
     if resume:
-        metrics.write({"kind": "resume", "step": step, "time": time.time()})
+        metrics.write({"kind": "resume", "step": step, "time": clock.now()})
     saved = step
     while step < steps and not (stop.is_set() or status.stop.is_set()):
         stop.wait(STEP_SECONDS)
         step += 1
         loss = 2.0 + 3.0 * math.exp(-step / 40)
-        line = {"kind": "step", "step": step, "tokens": step * batch, "time": time.time(), "loss": loss,
+        line = {"kind": "step", "step": step, "tokens": step * batch, "time": clock.now(), "loss": loss,
                 "learning_rate": settings["learning_rate"], "grad_norm": 1.0, "step_seconds": STEP_SECONDS,
                 "tokens_per_second": batch / STEP_SECONDS, "mfu": None, "memory_gib": 0.1}
         metrics.write(line)
-        status.update(step=step, last_step_time=time.time(), step_seconds=STEP_SECONDS)
+        status.update(step=step, last_step_time=clock.now(), step_seconds=STEP_SECONDS)
         if step % settings["log_every"] == 0:
             log(step_line(line, steps))
         validated = None
         if settings["validate_every"] and step % settings["validate_every"] == 0 or step == steps:
             validated = loss + 0.1
-            metrics.write({"kind": "validation", "step": step, "tokens": step * batch, "time": time.time(),
+            metrics.write({"kind": "validation", "step": step, "tokens": step * batch, "time": clock.now(),
                            "validation_loss": validated, "seconds": 0.0})
         if step % every == 0 or step == steps or stop.is_set() or status.stop.is_set():
             saved = announce(metrics, status, folder, step, config, validated)
@@ -107,7 +106,7 @@ def train(config, out, resume):
 
 def announce(metrics, status, folder, step, config, validated):
     digest, size = save(folder, step, config, config["checkpoint"]["keep"])
-    metrics.write({"kind": "checkpoint", "step": step, "time": time.time(), "sha256": digest, "bytes": size,
+    metrics.write({"kind": "checkpoint", "step": step, "time": clock.now(), "sha256": digest, "bytes": size,
                    "validation_loss": validated, "best": validated is not None, "seconds": 0.0})
     status.update(checkpoint_step=step)
     return step
@@ -131,7 +130,7 @@ def main(argv):
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
 '''
-KEPT = ("__init__", "config", "gpus", "interruption", "manifest", "preflight", "processes", "progress", "pull", "push", "supervise",
+KEPT = ("__init__", "clock", "config", "gpus", "interruption", "manifest", "preflight", "processes", "progress", "pull", "push", "supervise",
         "supervisor", "utilisation", "watchdog")  # fmt: skip
 """The modules of our trainer that need no torch and that the node's side of llmctl runs."""
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from trainer import cache, checkpoint, distributed, ending, flops, manifest, microbatch, schedule
+from trainer import cache, checkpoint, clock, distributed, ending, flops, manifest, microbatch, schedule
 from trainer import config as configuration
 from trainer.batches import Batches, await_shards
 from trainer.checkpoint import Saved
@@ -61,7 +61,7 @@ def _train(
             {
                 "kind": "system",
                 "step": run.step,
-                "time": time.time(),
+                "time": clock.now(),
                 "peak_memory_gib": peak_memory_gib(here.device),
             }
         )
@@ -90,8 +90,8 @@ def _steps(run: Run) -> bool:
                 return True
             if due and run.saved_step != run.step:
                 _save(run, best=False, validation_loss=None)
-            clock = interval is not None and here.rank == 0 and time.monotonic() - run.saved_at >= interval
-            flags = here.agree(run.stopping, clock)
+            overdue = interval is not None and here.rank == 0 and time.monotonic() - run.saved_at >= interval
+            flags = here.agree(run.stopping, overdue)
             needed = run.reader.order.shards_of_step(run.step + 1, train.global_batch_size) - seen
             if needed and not _await(run, needed):
                 flags.result()
@@ -139,7 +139,7 @@ def _one_step(run: Run, batches: Batches) -> None:
     if previous is not None:
         previous.wait()  # at most one step ahead of the GPU
     run.step = step
-    run.tell(step=step if device.type == "cpu" else step - 1, last_step_time=time.time())
+    run.tell(step=step if device.type == "cpu" else step - 1, last_step_time=clock.now())
 
 
 def _flush(run: Run) -> None:
@@ -153,7 +153,7 @@ def _flush(run: Run) -> None:
     losses = run.here.mean(torch.stack([item.loss for item in pending])).tolist()
     norms = torch.stack([item.norm for item in pending]).tolist()
     skips = torch.stack([item.skipped for item in pending]).tolist()
-    now, latest = time.time(), pending[-1].ended
+    now, latest = clock.now(), pending[-1].ended
     memory = peak_memory_gib(run.here.device)
     tokens = run.config.tokens_per_step
     per_token = flops.flops_per_token(run.config.model)
@@ -218,7 +218,7 @@ def _validate(run: Run) -> float | None:
     """The loss on the validation shards; None: interrupted by a stop, or not a number."""
     _flush(run)
     run.tell(state="validating")
-    started = time.time()
+    started = clock.now()
     gc.collect()
     result = mean_loss(
         run.module, run.config.data.validation, tokens=run.config.train.validation_tokens, config=run.config.model,
@@ -226,7 +226,7 @@ def _validate(run: Run) -> float | None:
     )  # fmt: skip
     if result is None:
         return None
-    now = time.time()
+    now = clock.now()
     run.record({
         "kind": "validation", "step": run.step, "tokens": run.step * run.config.tokens_per_step, "time": now,
         "validation_loss": finite(result.loss), "seconds": now - started, "validation_tokens": result.tokens,
@@ -266,7 +266,7 @@ def _save(run: Run, *, best: bool, validation_loss: float | None) -> None:
 def _saved(run: Run, validation_loss: float | None, seconds: float) -> Callable[[Saved], None]:
     def saved(saved: Saved) -> None:
         run.record({
-            "kind": "checkpoint", "step": saved.step, "tokens": saved.step * run.config.tokens_per_step, "time": time.time(),
+            "kind": "checkpoint", "step": saved.step, "tokens": saved.step * run.config.tokens_per_step, "time": clock.now(),
             "sha256": saved.sha256, "bytes": saved.bytes, "validation_loss": validation_loss, "best": saved.best, "seconds": seconds,
         })  # fmt: skip
         run.tell(checkpoint_step=saved.step)

@@ -12,10 +12,11 @@ import math
 import os
 import sys
 import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from trainer import clock
 
 HEARTBEAT_SECONDS = 0.5
 FAILURE = "failure.json"
@@ -102,7 +103,7 @@ class Status:
 
     def _write(self) -> None:
         with self._lock:
-            write_json(self._out / "status.json", {**self._fields, "time": time.time()})
+            write_json(self._out / "status.json", {**self._fields, "time": clock.now()})
 
 
 def report_failure(out: Path, reason: str, message: str) -> None:

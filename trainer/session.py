@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer import cache, checkpoint, distributed, flops, gpus, loss, microbatch
+from trainer import cache, checkpoint, clock, distributed, flops, gpus, loss, microbatch
 from trainer import config as configuration
 from trainer.batches import Reader, training_reader
 from trainer.checkpoint import HostCopies, Writer
@@ -89,7 +89,7 @@ class Mark:
     """An instant: the wall clock's on a CPU, the GPU's own stream of work on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
-        self.time = time.time()
+        self.time = clock.now()
         self._counter = time.perf_counter()
         self._event: Any = None
         if device.type == "cuda":
@@ -322,7 +322,7 @@ def _announce(run: Run, *, resume: bool, facts: dict[str, Any]) -> None:
         else platform.processor() or platform.machine()
     )
     run.record({
-        "kind": "system", "step": run.step, "time": time.time(), "gpu": gpu.key if gpu else None, "device": name,
+        "kind": "system", "step": run.step, "time": clock.now(), "gpu": gpu.key if gpu else None, "device": name,
         "gpus": here.size if here.device.type == "cuda" else 0, "torch": torch.__version__, "python": platform.python_version(),
         "world_size": here.size, "microbatch_size": run.microbatch_size, "parameters": flops.parameters(model),
         "flops_per_token": flops.flops_per_token(model), "flops_formula": flops.FORMULA, "peak_flops": run.peak_flops,
@@ -331,7 +331,7 @@ def _announce(run: Run, *, resume: bool, facts: dict[str, Any]) -> None:
     })  # fmt: skip
     if resume and (run.step or (run.out / "metrics.jsonl").stat().st_size > 0):
         run.record({
-            "kind": "resume", "step": run.step, "time": time.time(), "world_size": here.size,
+            "kind": "resume", "step": run.step, "time": clock.now(), "world_size": here.size,
             "microbatch_size": run.microbatch_size, "from_world_size": facts.get("world_size"),
         })  # fmt: skip
     log(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer import clock as steady
 from trainer import processes
 from trainer.interruption import Interruption
 from trainer.utilisation import Utilisation
@@ -78,18 +79,23 @@ class Supervisor:
         self._interruption = Interruption() if job.watch_interruption else None
         self._utilisation = Utilisation(job.env.get("CUDA_VISIBLE_DEVICES"))
         earlier = read_json(run / "supervisor.json")
+        self._offset = fixed_offset(earlier, self.clock)
         if earlier.get("token") != job.token:
             earlier = {}
             for name in ("stop-request.json", "deadline"):  # they were made to another start
                 (run / name).unlink(missing_ok=True)
         self.record: dict[str, Any] = {
             "token": job.token, "state": "starting", "pid": os.getpid(), "start_time": processes.start_time(os.getpid()),
-            "boot_id": processes.boot_id(), "pgid": None, "heartbeat": 0.0, "started_at": self.clock.wall(),
+            "boot_id": processes.boot_id(), "pgid": None, "heartbeat": 0.0, "started_at": self._now(), "clock_offset_seconds": self._offset,
             "starts": int(earlier.get("starts", 0)), "restarts": int(earlier.get("restarts", 0)),
             "crashes": int(earlier.get("crashes", 0)), "max_restarts": job.max_restarts,
             "reason": None, "detail": None, "exit_code": None, "step": None, "deadline": job.deadline,
             "clock_jump_seconds": 0.0, "ended_at": None, "stacks": earlier.get("stacks"), "gpu": {},
         }  # fmt: skip
+
+    def _now(self) -> float:
+        """POSIX seconds that never jump (`trainer.clock`)."""
+        return self._offset + self.clock.boot()
 
     def supervise(self) -> int:
         """Run until the run has ended. Returns the exit code of `start`."""
@@ -141,6 +147,7 @@ class Supervisor:
             (self.run / "stop").unlink(missing_ok=True)
             self._old_status = self._status()
             environment = self.job.environment(self.run, processes.MARK, self._secrets)
+            environment[steady.OFFSET] = repr(self._offset)
             with (self.run / "train.log").open("ab") as log:
                 self._log_offset = log.tell()
                 self._child = subprocess.Popen(argv, cwd=self.run, env=environment, stdin=subprocess.DEVNULL, stdout=log,
@@ -213,7 +220,7 @@ class Supervisor:
 
     def _finish(self, reason: str, detail: str | None, code: int | None = None) -> None:
         """The run has ended on this node, for good under this token."""
-        self.record.update(state="ended", reason=reason, detail=detail, pgid=None, ended_at=self.clock.wall(),
+        self.record.update(state="ended", reason=reason, detail=detail, pgid=None, ended_at=self._now(),
                            exit_code=self.record["exit_code"] if code is None else code)  # fmt: skip
         self._note(f"ended: {reason}" + (f" ({detail})" if detail else ""))
         for _ in range(FINAL_WRITES):  # a full disk may be cleared
@@ -329,7 +336,7 @@ class Supervisor:
 
     def _save(self, *, sync: bool = False) -> bool:
         """Write supervisor.json. A full disk is said once, and tried again at the next beat."""
-        self.record.update(heartbeat=self.clock.wall(), step=self._status().get("step"), deadline=self._deadline.at,
+        self.record.update(heartbeat=self._now(), step=self._status().get("step"), deadline=self._deadline.at,
                            gpu=self._utilisation.figures, clock_jump_seconds=round(self._deadline.jump(), 1))  # fmt: skip
         try:
             write_json(self.run / "supervisor.json", self.record, sync=sync)
@@ -346,6 +353,14 @@ class Supervisor:
         say(text)
         with contextlib.suppress(OSError), (self.run / "train.log").open("ab") as log:
             log.write(f"[supervisor] {text}\n".encode())
+
+
+def fixed_offset(earlier: dict[str, Any], clock: Clock) -> float:
+    """The offset of this boot's clock: as an earlier supervisor fixed it, else by the wall clock of now."""
+    kept = earlier.get("clock_offset_seconds")
+    if isinstance(kept, float) and earlier.get("boot_id") == processes.boot_id():
+        return kept
+    return clock.wall() - clock.boot()
 
 
 def undead(pids: list[int]) -> str:

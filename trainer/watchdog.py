@@ -22,6 +22,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from trainer import clock
+
 REFUSALS = {3: "config, data or disk refused", 4: "non_finite", 5: "out_of_memory"}
 """Exit codes of the trainer after which another start would end the same way."""
 _REASONS = {"config": 3, "data": 3, "disk_full": 3, "non_finite": 4, "out_of_memory": 5}
@@ -124,9 +126,7 @@ class Clock:
 
     def boot(self) -> float:
         """Seconds since some moment of this boot, sleep included: never jumps."""
-        return (
-            time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
-        )
+        return clock.boot()
 
     def sleep(self, seconds: float) -> None:
         """Wait."""

@@ -77,6 +77,8 @@ class Case:
         self.injected = 0
         self.run = ""
         self.shown = root / "shown"
+        self.afterwards: list[Callable[[], None]] = []
+        """What takes the stage down again, when nothing of the case lives any more."""
         self._following: subprocess.Popen[str] | None = None
 
     # ------------------------------------------------------------ the run
@@ -338,6 +340,8 @@ class Case:
         left = self._left()
         for process in left:
             subprocess.run(["kill", "-9", str(process.pid)], check=False, capture_output=True)
+        for undo in self.afterwards:
+            undo()
         outcome.complain(
             "leaked", *leaked, *(f"still runs: {' '.join(_words(process.pid))[:150]}" for process in left)
         )

@@ -35,7 +35,7 @@ class Kind:
 
 KINDS: dict[str, Kind] = {}
 SKIPPED = {
-    "no space left (ENOSPC), there and here": "needs a file system of its own, hence root; files that cannot grow (RLIMIT_FSIZE) stand for it",
+    "no space left (ENOSPC) here": "files that cannot grow (RLIMIT_FSIZE) stand for it",
     "a new boot id": "needs a machine that reboots; the power cut keeps the boot id, and tests/faults/test_supervisor.py changes it",
     "CUDA that stops answering": "needs a GPU; stopped ranks stand for it",
 }

@@ -7,8 +7,9 @@ import signal
 from collections.abc import Callable
 from functools import partial
 
+from tests.faults import disk
 from tests.faults.harness import EVERY, SLOW, STEPS, Case
-from tests.faults.kind import LAUNCH, LONG, TERMINATE, End, kind
+from tests.faults.kind import LAUNCH, LONG, SKIPPED, TERMINATE, End, kind
 
 # ---------------------------------------------------------------- the node
 
@@ -81,6 +82,29 @@ def full_disk_there(case: Case) -> End:
     return End(case.carry_on())
 
 
+def no_space_there(case: Case) -> End:
+    homes = case.cloud.directory / "state" / "homes"
+    disk.mount(homes, 256)
+    case.afterwards.append(partial(disk.unmount, homes))
+    case.launch()
+    case.at_step(most=EVERY)
+    filler = disk.fill(homes)
+    case.injected += 1
+    while case.record().outcome is None and case.record().attempts[-1].trainer_end is None:
+        case.later(1)
+    filler.unlink()
+    return End(case.carry_on())
+
+
+if disk.mountable():
+    kind("no space left on the node (ENOSPC): a file system of its own, filled to the last byte")(
+        no_space_there
+    )
+else:
+    SKIPPED["no space left (ENOSPC) on the node"] = (
+        "needs root, to mount a file system of its own; files that cannot grow (RLIMIT_FSIZE) stand for it"
+    )
+
 NAN = """
 
 
@@ -149,7 +173,11 @@ def clock_jumps(case: Case) -> End:
     node = case.at_step()
     (case.cloud.directory / "state" / "homes" / node / "jumped").touch()
     case.injected += 1
-    return End(case.carry_on())
+    code = case.carry_on()
+    lines = [line for line in case.cli.metrics(case.run) if line["kind"] == "step"]
+    spent = sum(line["step_seconds"] for line in lines)
+    training = case.cli.show(case.run)["training_seconds"]
+    return End(code if spent * 0.5 < training < spent * 2 + 5 else 1)
 
 
 # ---------------------------------------------------------------- the provider

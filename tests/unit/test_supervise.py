@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from trainer import processes
+from trainer import clock, processes
 from trainer.interruption import notice
 from trainer.supervise import take_lock
-from trainer.supervisor import Supervisor
+from trainer.supervisor import Supervisor, fixed_offset
 from trainer.utilisation import mean, parse
 from trainer.watchdog import (
     Clock,
@@ -75,6 +75,19 @@ def ticks(one: Supervisor, seconds: float) -> None:
     for _ in range(math.ceil(seconds)):
         one.clock.sleep(1)
         one.tick()
+
+
+def test_the_times_of_a_node_never_jump(world, supervised):
+    """The offset is fixed by the first supervisor of a boot, and kept by the next; a reboot fixes it anew."""
+    one = supervised()
+    before = one.record["heartbeat"]
+    world.walls += 3600
+    ticks(one, 10)
+    assert one.record["heartbeat"] - before == pytest.approx(10, abs=2)
+    kept = one.record["clock_offset_seconds"]
+    assert fixed_offset(one.record, world) == kept
+    rebooted = {**one.record, "boot_id": "another"}
+    assert fixed_offset(rebooted, world) == pytest.approx(kept + 3600)
 
 
 def test_a_deadline_counts_down_on_the_boot_clock(world):
@@ -326,3 +339,14 @@ json.dump({"state": "finished", "step": 1}, open("status.json", "w"))
     assert (told["state"], told["reason"]) == ("ended", "finished")
     assert told["gpu"] == {"utilisation": 0.96, "memory_gib": 60.0, "celsius": 71.0, "watts": 640.2}
     assert tool.with_name("nvidia-smi.asked").read_text().split()[-1] == "--id=1"
+
+
+def test_the_trainer_goes_by_the_supervisors_clock():
+    told = subprocess.run(
+        [sys.executable, "-c", "from trainer import clock; print(clock.now() - clock.boot())"],
+        env={**os.environ, clock.OFFSET: "1000.5"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert float(told.stdout) == pytest.approx(1000.5)

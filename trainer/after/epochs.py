@@ -8,8 +8,8 @@ from typing import Any, cast
 
 import torch
 
+from trainer import clock, distributed, manifest, schedule
 from trainer import config as configuration
-from trainer import distributed, manifest, schedule
 from trainer.after import examples, saving
 from trainer.after.examples import Example
 from trainer.after.work import Session
@@ -95,7 +95,7 @@ def _one_step(session: Session[Example]) -> None:
     session.step, session.tokens = step, session.tokens + tokens
     session.skipped_in_a_row = session.skipped_in_a_row + 1 if float(skipped) else 0
     _report(session, {
-        "kind": "step", "step": step, "tokens": session.tokens, "time": time.time(), "loss": finite(means[0]),
+        "kind": "step", "step": step, "tokens": session.tokens, "time": clock.now(), "loss": finite(means[0]),
         "learning_rate": train.learning_rate * factor, "grad_norm": finite(float(norm)), "step_seconds": seconds,
         "tokens_per_second": tokens / max(seconds, 1e-9), "mfu": None, "memory_gib": peak_memory_gib(here.device),
         "epoch": (step - 1) // session.epoch_steps + 1, **_named(work.columns[1:], means[1:]),
@@ -134,10 +134,10 @@ def measure(session: Session[Example], items: Sequence[Example]) -> list[float]:
 
 def _validate(session: Session[Example]) -> float | None:
     """The validation loss, on record; None where it is not a number."""
-    work, started = session.work, time.time()
+    work, started = session.work, clock.now()
     session.tell(state="validating")
     means = measure(session, work.validation)
-    now, epoch = time.time(), session.step // session.epoch_steps
+    now, epoch = clock.now(), session.step // session.epoch_steps
     session.record({
         "kind": "validation", "step": session.step, "tokens": session.tokens, "time": now, "validation_loss": finite(means[0]),
         "seconds": now - started, "validation_tokens": sum(work.length(item) for item in work.validation), "epoch": epoch,

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from trainer import clock, distributed, ending, evaluate, flops
 from trainer import config as configuration
-from trainer import distributed, ending, evaluate, flops
 from trainer.after import bases, script, session
 from trainer.after.settings import MeasureConfig, load, train_config
 from trainer.config import ConfigError, TrainerConfig
@@ -47,7 +46,7 @@ def _measure(settings: MeasureConfig, out: Path, status: Status | None, stop: th
         metrics = Metrics(out / "metrics.jsonl") if here.rank == 0 else None
         if metrics is not None:
             metrics.write({
-                "kind": "system", "step": 0, "time": time.time(), "torch": torch.__version__, "world_size": here.size,
+                "kind": "system", "step": 0, "time": clock.now(), "torch": torch.__version__, "world_size": here.size,
                 "microbatch_size": size, "parameters": flops.parameters(base.model),
                 "flops_per_token": flops.flops_per_token(base.model), "compile": False,
             })  # fmt: skip

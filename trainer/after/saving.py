@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from trainer import checkpoint, distributed
+from trainer import checkpoint, clock, distributed
 from trainer.after.examples import Example
 from trainer.after.work import Session, Work
 from trainer.checkpoint import Saved, Snapshot
@@ -56,7 +56,7 @@ def save(session: Session[Example], *, validation_loss: float | None, best: bool
 
     def saved(item: Saved) -> None:
         session.record({
-            "kind": "checkpoint", "step": item.step, "tokens": tokens, "time": time.time(), "sha256": item.sha256,
+            "kind": "checkpoint", "step": item.step, "tokens": tokens, "time": clock.now(), "sha256": item.sha256,
             "bytes": item.bytes, "validation_loss": validation_loss, "best": item.best, "seconds": seconds,
         })  # fmt: skip
         session.tell(checkpoint_step=item.step)

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import platform
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
 import torch
 
-from trainer import checkpoint, distributed, ending, flops
+from trainer import checkpoint, clock, distributed, ending, flops
 from trainer import config as configuration
 from trainer.after import epochs, saving
 from trainer.after.examples import Example, ExampleError
@@ -67,7 +66,7 @@ def _tune(
             {
                 "kind": "system",
                 "step": session.step,
-                "time": time.time(),
+                "time": clock.now(),
                 "peak_memory_gib": peak_memory_gib(here.device),
             }
         )
@@ -121,14 +120,14 @@ def _announce(session: Session[Example], *, resumed: bool) -> None:
         else platform.processor() or platform.machine()
     )
     session.record({
-        "kind": "system", "step": session.step, "time": time.time(), "device": name,
+        "kind": "system", "step": session.step, "time": clock.now(), "device": name,
         "gpus": here.size if here.device.type == "cuda" else 0, "torch": torch.__version__, "python": platform.python_version(),
         "world_size": here.size, "microbatch_size": session.microbatch_size, "parameters": flops.parameters(work.model),
         "flops_per_token": flops.flops_per_token(work.model), "compile": False, "trainable_parameters": trainable,
         "examples": len(work.train), "tokens_per_epoch": sum(work.length(item) for item in work.train), **work.announce,
     })  # fmt: skip
     if resumed:
-        session.record({"kind": "resume", "step": session.step, "time": time.time(), "world_size": here.size,
+        session.record({"kind": "resume", "step": session.step, "time": clock.now(), "world_size": here.size,
                         "microbatch_size": session.microbatch_size})  # fmt: skip
     if here.rank == 0:
         log(
