@@ -237,10 +237,12 @@ class Rules:
             bill = charges.node_bill(node, self.s.now())
             billed = bill.seconds if bill is not None else 0.0
             truth = charges.billed(seconds, node.offer.tariff) if seconds > 0 else 0.0
-            low = truth - 60.0 - self.s.plan.lag_seconds - self.s.plan.minimum_seconds * (truth <= 60)
+            doubt = 60.0 if node.active_at is None else 2.0  # of a minute in which it was never seen active
+            lived = (bill.end - bill.start).total_seconds() if bill is not None else 0.0
             if node.answer == "abandoned" and not machine.alive(self.s.t):
                 continue  # it came late or was called by a driver that died, and ended unseen: only an audit could tell
-            _hold(billed >= low, f"{node.key}: {billed:.0f} s on the bill, {truth:.0f} s in truth")
+            low = seconds - doubt - self.s.plan.lag_seconds
+            _hold(lived >= low, f"{node.key}: billed for {lived:.0f} s, it lived for {seconds:.0f} s")
             high = truth + 60.0 + self.s.plan.minimum_seconds + self._slack() + self._blind(machine)
             if machine.late and node.billing_ended_at is None:
                 high += (
