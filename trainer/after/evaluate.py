@@ -65,7 +65,7 @@ def _measure(settings: MeasureConfig, out: Path, status: Status | None, stop: th
                 {
                     "kind": "system",
                     "step": 0,
-                    "time": time.time(),
+                    "time": clock.now(),
                     "peak_memory_gib": peak_memory_gib(here.device),
                 }
             )
