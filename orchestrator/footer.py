@@ -27,7 +27,18 @@ def show() -> None:
     finally:
         store.close()
     for line in lines(home, rows):
-        sys.stderr.write(line + "\n")
+        sys.stderr.write(_fitted(line) + "\n")
+
+
+def _fitted(line: str) -> str:
+    """In a terminal wrapped between words, so that a command can still be read and copied; elsewhere one line."""
+    if not sys.stderr.isatty():
+        return line
+    import shutil
+    import textwrap
+
+    room = max(20, shutil.get_terminal_size().columns - 1)
+    return textwrap.fill(line, room, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def lines(home: Path, rows: Iterable[dict[str, Any]]) -> list[str]:

@@ -87,7 +87,7 @@ def say(table: Table, form: str) -> None:
         print_json(table.rows)
         return
     if not table.rows and form == "table":
-        render.line("No runs yet. `llmctl launch SPEC` makes one; `--published` shows what others paid.")
+        render.note("No runs yet. `llmctl launch SPEC` makes one; `--published` shows what others paid.")
         return
     {"csv": _csv, "md": _markdown, "html": _html, "table": _table}[form](table)
 

@@ -42,7 +42,7 @@ NODES = (
 def status(rows: Sequence[dict[str, Any]], *, age_seconds: float | None) -> None:
     """Print `rows` as `show.status` gives them."""
     if not rows:
-        render.line("No runs yet. `llmctl init` writes a spec, `llmctl launch` runs it.")
+        render.note("No runs yet. `llmctl init` writes a spec, `llmctl launch` runs it.")
         return
     render.table(RUNS, rows)
     nodes = [{**node, "run": row["run"]} for row in rows for node in row["nodes"] if node["billing"]]

@@ -87,7 +87,8 @@ def panel(store: Store, rows: list[dict[str, Any]]) -> RenderableType:
     room = render.width()
     blocks = [block(store, row, room) for row in rows] or ["No runs yet."]
     said = footer.lines(store.home, store.concerning())
-    return Group(*(Text(text, no_wrap=True, overflow="ellipsis") for text in [*blocks, *said]))
+    shown = [Text(text, no_wrap=True, overflow="ellipsis") for text in blocks]
+    return Group(*shown, *(Text(text) for text in said))  # what is to be done is never cut off
 
 
 def block(store: Store, row: dict[str, Any], room: int) -> str:

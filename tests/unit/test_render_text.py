@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import math
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from orchestrator import figures
+from orchestrator import figures, footer
+from orchestrator.actions import show
 from orchestrator.figures import dollars, duration, sane, spark
 from orchestrator.render import live as render_live
 from orchestrator.render import show as render_show
@@ -132,8 +136,6 @@ def test_a_status_line_fits_and_keeps_what_matters(tmp_path: Path, columns: int)
 
 @pytest.mark.parametrize("columns", [60, 200])
 def test_a_watched_run_fits(tmp_path: Path, columns: int) -> None:
-    from orchestrator.actions import show
-
     seed = Seed(tmp_path).rented().trained(step=40, **GPU).logged()
     (row,) = show.status(seed.store)
     block = render_watch.block(seed.store, row, columns)
@@ -148,3 +150,23 @@ def test_a_watched_run_fits(tmp_path: Path, columns: int) -> None:
 def test_every_event_can_be_told(tmp_path: Path) -> None:
     for _, _, body in Seed(tmp_path).finished().store.history("demo-0001"):
         assert render_live.describe(body)
+
+
+def test_what_is_to_be_done_is_never_cut_off(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The alarms under a watched run, and under every command, are wrapped between words in a narrow terminal."""
+    from rich.console import Console
+
+    seed = Seed(tmp_path).rented().trained(step=40)
+    console = Console(width=60, file=io.StringIO(), force_terminal=False)
+    console.print(render_watch.panel(seed.store, show.status(seed.store)))
+    assert "`llmctl resume demo-0001` starts one" in " ".join(console.file.getvalue().split())
+    monkeypatch.setenv("LLMCTL_HOME", str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    footer.show()
+    told = capsys.readouterr().err
+    assert max(map(len, told.splitlines())) < 60 and "`llmctl resume demo-0001` starts one" in " ".join(
+        told.split()
+    )
