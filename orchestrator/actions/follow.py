@@ -7,6 +7,7 @@ again; everything else is reading.
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -23,6 +24,8 @@ from runs.store import Store, run_dir
 POLL_SECONDS = 0.1
 MAX_STARTS = 5
 """Drivers that a follower starts before it gives up: each of them failed at once."""
+STAKE_SECONDS = 300.0
+"""How often it is said again what is at stake while a node is waited for."""
 UNCONFIRMED_SECONDS = 300.0 * float(os.environ.get("LLMCTL_TEST_PACE", "1"))
 """A termination that is not confirmed for this long ends the following, with exit code 8; the driver goes on trying."""
 
@@ -80,6 +83,7 @@ def follow(
     log = logs.open_log(store, run, lines, ranks)
     seq, shown, starts = 0, None, Starts(home, run, clock)
     unconfirmed_since: float | None = None
+    stake_told = -math.inf
     try:
         while not stop.is_set():
             for seq, stream, body in store.since(run, seq):  # noqa: B020, B007  the last one seen is where to go on
@@ -90,7 +94,11 @@ def follow(
             over = row["state"] not in LIVE
             while data := log.read():
                 yield Log(data)
-            current = (row, heartbeat(directory))
+            beat, stake = heartbeat(directory)
+            if stake and not over and clock.monotonic() - stake_told > STAKE_SECONDS:
+                stake_told = clock.monotonic()
+                yield Note(stake)
+            current = (row, beat)
             if current != shown:
                 yield Row(*current)
                 shown = current
@@ -133,10 +141,10 @@ class Starts:
         return True
 
 
-def heartbeat(directory: Path) -> dict[str, Any] | None:
-    """`driver.json`, or None."""
+def heartbeat(directory: Path) -> tuple[dict[str, Any] | None, str | None]:
+    """What `driver.json` says of its driver (None: there is none yet), and of what is at stake."""
     try:
         beat: dict[str, Any] = json.loads((directory / "driver.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    return {key: beat.get(key) for key in ("why", "complaint")}
+        return None, None
+    return {key: beat.get(key) for key in ("why", "complaint")}, beat.get("stake")

@@ -20,6 +20,7 @@ from orchestrator.clock import Clock
 from orchestrator.life import world as w
 from orchestrator.life.effects import Hands
 from orchestrator.life.rules import decide
+from orchestrator.life.stake import at_stake
 from runs import events as e
 from runs.lock import Lock, ProcessId, driver_lock
 from runs.record import RunRecord
@@ -39,6 +40,8 @@ class Driver:
     hands: Hands
     after: list[Callable[[RunRecord], None]] = field(default_factory=list)
     """Called with the record after each observation: wandb, notifications."""
+    stake: str | None = None
+    """What may be lost with a node from which nothing can be had now, in words."""
 
     def step(self) -> w.Effect | w.Wait | w.Done:
         """Observe, decide, perform one effect. Raises StaleEpoch where another driver took over.
@@ -61,6 +64,7 @@ class Driver:
             tell(record)
         world = hands.sight.world(hands.provider, view, hands.given_up(record))
         answer = decide(record, world, hands.clock.now())
+        self.stake = at_stake(record, world, hands.clock.now())
         if not isinstance(answer, w.Wait | w.Done):
             hands.perform(answer, record)
         return answer
@@ -165,10 +169,12 @@ def driver_alive(home: Path, run: str) -> bool:
     return held(driver_lock(run_dir(home, run)))
 
 
-def write_heartbeat(path: Path, why: str, complaint: str | None, at: float) -> None:
-    """`driver.json`: what the driver waits for; read by those who follow. Not durable, replaced as a whole, and left as it
+def write_heartbeat(path: Path, why: str, complaint: str | None, at: float, stake: str | None = None) -> None:
+    """`driver.json`: what the driver waits for, and what is at stake meanwhile; read by those who follow. Not durable, replaced as a whole, and left as it
     is while the disk is full."""
     temporary = path.with_suffix(".tmp")
     with suppress(OSError):
-        temporary.write_text(json.dumps({"pid": os.getpid(), "time": at, "why": why, "complaint": complaint}))
+        temporary.write_text(
+            json.dumps({"pid": os.getpid(), "time": at, "why": why, "complaint": complaint, "stake": stake})
+        )
         temporary.replace(path)

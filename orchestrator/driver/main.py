@@ -53,7 +53,8 @@ def main(home: Path, run: str, *, force: bool = False) -> int:
     site, driver, sinks = build(store, record, clock, wake, epoch, patient(heart, clock))
 
     def beat(why: str) -> None:
-        write_heartbeat(heart, why, driver.hands.sight.complaint, clock.now().timestamp())
+        complaint, at = driver.hands.sight.complaint, clock.now().timestamp()
+        write_heartbeat(heart, why, complaint, at, driver.stake)
 
     try:
         with inhibit_sleep(f"llmctl drives {run}"):

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
 
+from orchestrator.actions import follow
 from orchestrator.actions.requests import SILENT_SECONDS, silent_seconds
 from orchestrator.clock import SystemClock
-from orchestrator.driver.loop import driver_alive, take_over
+from orchestrator.driver.loop import driver_alive, take_over, write_heartbeat
 from orchestrator.driver.main import patient, stored_spec
 from runs import events as e
 from runs.lock import ProcessId, boot_id
@@ -64,6 +65,21 @@ def test_a_driver_that_waits_for_its_turn_is_not_taken_for_dead(tmp_path: Path) 
     assert clock.time == at(200)
     assert silences
     assert max(silences) < SILENT_SECONDS / 2
+
+
+def test_whoever_follows_is_told_what_is_at_stake(tmp_path: Path) -> None:
+    """As the driver says it, and again every few minutes, not at every glance."""
+    seed = Seed(tmp_path).rented()
+    write_heartbeat(
+        seed.directory / "driver.json", "collecting again soon", None, 0.0, "step 100 is at stake"
+    )
+    glances = iter(range(10_000))
+    clock = Watched(lambda: None)
+    heard = list(
+        follow.follow(tmp_path, seed.run, clock, revive=False, keep_going=lambda _: next(glances) < 4000)
+    )
+    told = [item.text for item in heard if isinstance(item, follow.Note)]
+    assert told == ["step 100 is at stake"] * 2, "in 400 seconds"
 
 
 def test_who_takes_over_ends_the_old_driver_first(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from orchestrator.life import rules as life
 from orchestrator.life import terms
 from orchestrator.life import world as w
+from orchestrator.life.stake import at_stake
 from provisioning.base import Traits
 from runs import events as e
 from runs.facts import Inventory
@@ -589,6 +590,28 @@ def test_what_the_node_has_let_go_holds_nothing_up(end: str) -> None:
         story.tell(e.CheckpointGone(at=story.now, step=step, sha256=f"s{step}"))
     done = w.Job("done", story.now)
     assert isinstance(story.decide(story.trains("ended", job=done)), w.Terminate)
+
+
+def test_what_is_at_stake_is_said_with_its_price() -> None:
+    """While the newest checkpoint cannot be had: which one, why, what a minute costs, and what ends the wait."""
+    story = (
+        Story(max_seconds=3600).training().seen(50, here=True).seen(100).after(9).ended("failed").after(600)
+    )
+    failed = w.Job("failed", story.now, 3, "the link is down")
+    said = at_stake(story.record, story.trains("ended", job=failed), story.now)
+    assert said is not None
+    for part in (
+        "step 100 ",
+        "the link is down",
+        "each minute of waiting costs $0.60",
+        "the deadline ends the wait in 49m",
+    ):
+        assert part in said
+    assert "step 50" not in said, "that one is here"
+    assert at_stake(story.record, story.trains("ended", job=w.Job("running", story.now)), story.now) is None
+    silent = w.Contact(reachable=False, since=story.now, error="no route")
+    world = w.World(**{**vars(story.trains("ended")), "contacts": {KEY: silent}})
+    assert "no route" in (at_stake(story.verified(100).record, world, story.now) or "")
 
 
 def test_a_collection_of_an_earlier_attempt_says_nothing() -> None:
