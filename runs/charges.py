@@ -116,14 +116,14 @@ def _end(node: NodeRecord, now: datetime) -> tuple[datetime, bool]:
     if node.billing_ended_at is not None:
         return node.billing_ended_at, True
     if node.gone_at is not None:
-        if node.terminate_accepted_at is not None:
-            return node.terminate_accepted_at, True
-        return node.gone_at, _seen_until(node, node.gone_at)
+        end = node.terminate_accepted_at or node.gone_at
+        return end, _seen_until(node, end)
     return now, False
 
 
 def _seen_until(node: NodeRecord, moment: datetime) -> bool:
-    """Whether a node that ended by itself was seen to be there until about `moment`."""
+    """Whether a node that is gone was seen to be there until about `moment`: a termination is accepted of one that ended long
+    before, too."""
     return node.seen_at is None or moment - node.seen_at <= UNSEEN
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from runs import events as e
+from runs.facts import ENDED
 from runs.record import ClaimRecord, NodeRecord
 
 
@@ -105,11 +106,14 @@ def _gone(node: NodeRecord, event: e.NodeGone) -> NodeRecord:
     if node.gone_at is not None:
         return node
     answer = "known" if node.answer in {"none", "ambiguous"} else node.answer
+    there = node.observed_at if node.status not in ENDED else None
     return _with(
         node,
         gone_at=event.at,
         gone_evidence=event.evidence,
-        seen_at=max(at for at in (event.seen_at, node.ready_at, node.active_at, node.intended_at) if at),
+        seen_at=max(
+            at for at in (event.seen_at, there, node.ready_at, node.active_at, node.intended_at) if at
+        ),
         answer=answer,
         kept=False,
     )

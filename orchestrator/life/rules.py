@@ -123,7 +123,8 @@ def _unwanted(run: RunRecord, world: w.World, now: datetime) -> w.Effect | w.Wai
         if not node.kept:
             return w.Terminate(node.key, "unwanted")
         if node.key in run.release_requested or (node.kept_until is not None and now >= node.kept_until):
-            return w.Terminate(node.key, "no longer kept")
+            look = world.look(now, FRESH.total_seconds(), f"whether {node.key} is still there")
+            return look if isinstance(look, w.Look) else w.Terminate(node.key, "no longer kept")
         if node.kept_until is not None:
             left = (node.kept_until - now).total_seconds()
             return _lost(node, world, now) or nearer(world.look(now, 60.0, f"{node.key} is kept"), left)

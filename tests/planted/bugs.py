@@ -164,7 +164,7 @@ BUGS = (
     ),
     Bug(
         "the bill ends when the node was seen to be gone",
-        ((CHARGES, "return node.terminate_accepted_at or node.gone_at, True", "return node.gone_at, True"),),
+        ((CHARGES, "end = node.terminate_accepted_at or node.gone_at", "end = node.gone_at"),),
         ("tests/unit/test_charges.py",),
     ),
     Bug(

@@ -241,3 +241,7 @@ def test_a_node_that_ended_while_nobody_looked_has_an_upper_bound() -> None:
     assert (_bill(watched).final, _bill(unseen).final) == (True, False)
     ended = e.BillingReconciled(at=unseen.now, source="the log", ended=at(600))
     assert (_bill(unseen.tell(ended, KEY)).end, _bill(unseen).final) == (at(600), True)
+    asked = Story().begun().launched().after(10).ready().after(3600).terminated("no longer kept").gone()
+    assert (_bill(asked).end, _bill(asked).final) == (asked.now, False), (
+        "accepted of one that may have ended long before"
+    )

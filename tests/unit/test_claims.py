@@ -165,7 +165,8 @@ def test_the_shares_sum_to_the_bill(tariff: Tariff, gaps: list[float], after: fl
     if ended:
         node = fold_node(node, e.TerminateIntended(at=story.now, reason="x"))
         node = fold_node(node, e.TerminateAnswered(at=story.now, accepted=True))
-        node = fold_node(node, e.NodeGone(at=story.now + timedelta(seconds=9), evidence="x"))
+        gone = e.NodeGone(at=story.now + timedelta(seconds=9), evidence="x", seen_at=story.now)
+        node = fold_node(node, gone)
     bill = charges.node_bill(node, story.now)
     assert bill is not None
     shares = [charges.node_share(node, run, story.now) for run in node.tenants]

@@ -250,7 +250,8 @@ def test_a_kept_node_stays_until_its_time_or_a_request() -> None:
     forever.tell(e.RunEnded(at=forever.now, outcome="succeeded", reason="finished"))
     assert forever.decide() == w.Done()
     forever.tell(e.ReleaseRequested(at=forever.now, key=KEY))
-    assert forever.decide() == w.Terminate(KEY, "no longer kept")
+    assert isinstance(forever.decide(), w.Look), "nobody has looked for long: is it there at all?"
+    assert forever.decide(forever.looks()) == w.Terminate(KEY, "no longer kept")
 
 
 def test_a_kept_node_that_died_is_declared_gone() -> None:
