@@ -20,10 +20,6 @@ from trainer import config as configuration
 from trainer.config import TrainerConfig
 from trainer.progress import write_json
 
-# What changes neither memory nor compiled code.
-_IRRELEVANT = ("tokens", "steps", "learning_rate", "min_learning_rate", "schedule", "warmup_steps", "weight_decay", "grad_clip",
-               "betas", "eps", "muon_learning_rate", "cooldown_fraction", "seed", "log_every", "validate_every", "validation_tokens")  # fmt: skip
-
 
 def directory() -> Path:
     """Where the cache lives."""
@@ -35,9 +31,8 @@ def directory() -> Path:
 
 def key(config: TrainerConfig, device: torch.device, processes: int) -> str:
     """Hex digest of everything that memory and compiled code depend on."""
-    train = {
-        name: value for name, value in configuration.to_dict(config.train).items() if name not in _IRRELEVANT
-    }
+    train = configuration.to_dict(config.train)
+    train = {name: value for name, value in train.items() if name not in configuration.HARMLESS}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     try:
         triton = importlib.metadata.version("triton")

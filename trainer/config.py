@@ -97,6 +97,11 @@ class ModelConfig:
     """gpt2: N(0, 0.02), residual projections by 1/√(2·layers); torch: the modules' own; zero_proj: residual projections at zero."""
 
 
+HARMLESS = ("tokens", "steps", "learning_rate", "min_learning_rate", "schedule", "warmup_steps", "weight_decay", "grad_clip", "betas",
+            "eps", "muon_learning_rate", "cooldown_fraction", "seed", "log_every", "validate_every", "validation_tokens")  # fmt: skip
+"""Of the section `train`: what changes neither memory nor compiled code."""
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """How long, how big, how fast. The loss depends on `global_batch_size`; the machine on `microbatch_size`."""

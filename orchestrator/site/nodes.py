@@ -21,7 +21,7 @@ from orchestrator.remote import transfer
 from orchestrator.remote.connection import Address, NodeUnreachable, RemoteError
 from orchestrator.remote.mirror import Mirror
 from orchestrator.remote.node import Remote
-from orchestrator.site import collect, environment, group, prepare, pushed, start
+from orchestrator.site import collect, environment, findings, group, prepare, pushed, start
 from orchestrator.site.journal import Journal
 from orchestrator.site.watch import Watch
 from runs import events as e
@@ -65,6 +65,7 @@ class NodeSite:
         self._odd_since: float | None = None
         """Since when some supervisors of the attempt have ended and others have not."""
         self._puller = collect.Puller(self.directory, clock, wake, self._gone)
+        self._findings = findings.Keeper(home, clock)
         self._renewer = pushed.Renewer(plan.objects, clock)
 
     # ------------------------------------------------------------ Site
@@ -103,7 +104,8 @@ class NodeSite:
             self._wake()
 
         def work() -> None:
-            prepare.prepare(watch.remote, run, node, self._plan, done, group=together)
+            found = findings.folder(self.home, run)
+            prepare.prepare(watch.remote, run, node, self._plan, done, group=together, found=found)
 
         self._start_job(f"{key}/prepare", work, key)
 
@@ -342,6 +344,7 @@ class NodeSite:
             and attempt.trainer_end is None
             and first.seen.ready is not None
         ):
+            self._findings.background(first.remote, run)
             self._puller.background(first.remote, first.directory, run)
 
     def _seen(self, line: dict[str, Any], now: datetime) -> e.CheckpointSeen:

@@ -23,7 +23,7 @@ from orchestrator.data import needed, sources
 from orchestrator.remote import transfer
 from orchestrator.remote.connection import CommandFailed
 from orchestrator.remote.node import Remote
-from orchestrator.site import environment
+from orchestrator.site import environment, findings
 from orchestrator.site.collect import here
 from orchestrator.site.group import Group, Member, NoPrivateNetwork, interface, kill, private_address
 from orchestrator.site.start import bare, directory
@@ -101,11 +101,18 @@ def package_hash(path: Path) -> str:
 
 
 def prepare(
-    remote: Remote, run: RunRecord, node: NodeRecord, plan: Plan, done: Done, *, group: Group | None = None
+    remote: Remote,
+    run: RunRecord,
+    node: NodeRecord,
+    plan: Plan,
+    done: Done,
+    *,
+    group: Group | None = None,
+    found: Path,
 ) -> None:
     """All lanes of one node. `done(name, lane)` is called as each completes, `ready` among them as soon as training can
-    start; returns when all data is there. `group`: the nodes of the attempt, where there are several. Raises
-    PreflightError, PrepareError, RemoteError, TransferError, TimeoutError."""
+    start; returns when all data is there. `group`: the nodes of the attempt, where there are several. `found`: what an
+    earlier run found out (`findings`). Raises PreflightError, PrepareError, RemoteError, TransferError, TimeoutError."""
     preflight(run, node)
     first = group is None or node.key == group.keys[0]
     if run.attempt is not None and run.attempt.number > 1 and run.attempt.token is None:
@@ -117,6 +124,8 @@ def prepare(
         "environment": lambda: _environment(remote, run, progress.complete),
         "data": lambda: _data(remote, plan, progress.complete, None if first else group),
     }
+    if found.is_dir():
+        lanes["findings"] = lambda: _findings(remote, run, found, progress.complete)
     if group is not None:
         lanes["network"] = lambda: _network(remote, node, group, progress)
     if first and run.attempt is not None and run.attempt.from_step:  # rank 0 reads it, and tells the others
@@ -211,6 +220,18 @@ def _code(remote: Remote, run: RunRecord, plan: Plan, complete: Done) -> None:
 _LINK = '[ -L "$2" ] || rm -rf -- "$2"; ln -sfn -- "$1" "$2"'
 
 
+def _findings(remote: Remote, run: RunRecord, found: Path, complete: Done) -> None:
+    """Compiled code and a microbatch size of an earlier run. Without them the trainer starts later, and nothing else."""
+    started = time.monotonic()
+    try:
+        sent = transfer.push_tree(remote, found, findings.place(run))
+    except transfer.TransferError:
+        sent = transfer.Transfer(0, 0, 0.0, "unchanged")
+    complete(
+        "findings", Lane(found.name, time.monotonic() - started, sent.bytes_sent, {"method": sent.method})
+    )
+
+
 def _environment(remote: Remote, run: RunRecord, complete: Done) -> None:
     """An interpreter with torch, numpy and safetensors."""
     started = time.monotonic()
@@ -227,25 +248,9 @@ def _gpus(remote: Remote, run: RunRecord, progress: _Progress) -> None:
     found = progress.lanes["environment"].detail
     assert run.attempt is not None
     processes = max(1, run.attempt.world_size // len(run.attempt.keys))
-    argv = [
-        found["python"],
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(processes),
-    ]
-    command = [
-        "sh",
-        "-c",
-        'cd "$1" && shift && exec "$@"',
-        "sh",
-        bare(directory(run.run)),
-        *argv,
-        "-m",
-        "trainer",
-        "preflight",
-    ]
+    command = ["sh", "-c", 'cd "$1" && shift && exec "$@"', "sh", bare(directory(run.run)), found["python"],
+               "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+               "-m", "trainer", "preflight"]  # fmt: skip
     result = remote.run(command, timeout=300, check=False, env=found["env"])
     if result.exit_code != 0:
         told = [

@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from orchestrator.remote.node import Remote
+from orchestrator.site import findings
 from runs import tuning
 from runs.record import RunRecord
 
@@ -104,6 +105,7 @@ def job(run: RunRecord, how: Start, secrets_file: str | None) -> dict[str, Any]:
     threads = max(1, how.cpus // processes) if run.spec["train"]["device"] == "cpu" else 1
     env = {
         **env,
+        "LLMCTL_TRAINER_CACHE": f"../../found/{findings.key(run)}",  # from runs/RUN
         "OMP_NUM_THREADS": str(threads),
         **how.environment.get("env", {}),
         **run.spec["node"]["env"],

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.cli import Cli, spec
 from tests.plain_trainer import plain_trainer
-from trainer import manifest
+from trainer import cache, config, manifest
 
 pytestmark = pytest.mark.slow
 
@@ -64,6 +66,30 @@ def test_launch_trains_collects_releases_and_prices(cli: Cli) -> None:
     assert hours == pytest.approx(row["billed_hours"], rel=0.01)
     log = cli.run("tail", run, "--no-follow").stdout.splitlines()
     assert len(log) == len((cli.home / "runs" / run / "train.log").read_text().splitlines())
+
+
+def test_what_a_trainer_found_out_goes_along_to_the_next_node(cli: Cli) -> None:
+    """What lies where the trainer keeps the microbatch size that held, and compiled code, is fetched while steps run, and read
+    on a fresh node by a run of the same settings."""
+    (cli.home / "first.yaml").write_text(spec(train__microbatch_size="auto", train__steps=1_000_000))
+    cli.run("launch", "first.yaml", "--detach")
+    (job,) = cli.wait(lambda: list(cli.home.rglob("llmctl/runs/tiny-*/job.json")))
+    settings = config.load(job.with_name("config.json"))
+    there = job.parent / json.loads(job.read_text())["env"]["LLMCTL_TRAINER_CACHE"]
+    there.mkdir(parents=True)
+    name = f"{cache.key(settings, torch.device('cpu'), 2)}.json"
+    (there / name).write_text('{"microbatch_size": 2}')  # no run would choose that by itself
+    (found,) = cli.wait(lambda: list((cli.home / "cache" / "found").glob(f"*/{name}")))
+    cli.run("stop", cli.only(), "--now", code=None)
+    shutil.rmtree(there)  # nodes of this machine share their home directory; the next one shall be fresh
+    (cli.home / "next.yaml").write_text(spec(name="next", train__microbatch_size="auto", train__steps=5))
+    cli.run("launch", "next.yaml")
+    document = cli.show("next")
+    (lane,) = [
+        item for item in document["events"] if item["kind"] == "LaneDone" and item["lane"] == "findings"
+    ]
+    assert lane["sent_bytes"] == found.stat().st_size
+    assert document["attempts"][0]["microbatch_size"] == 2
 
 
 def test_what_the_nodes_gpus_do_is_told_here(cli: Cli) -> None:
