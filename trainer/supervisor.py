@@ -38,6 +38,8 @@ INTERRUPTION_SECONDS = 100.0
 STACK_SECONDS = 5.0
 STACK_BYTES = 1024 * 1024
 FULL_DISK_BYTES = 16 * 1024 * 1024
+RESERVE, RESERVE_BYTES = ".reserve", 64 * 1024
+"""A file that is given up for the last supervisor.json, so that a full disk cannot keep it from being written."""
 FINAL_WRITES = 600
 """Seconds for which the last supervisor.json is tried again on a full disk."""
 
@@ -105,6 +107,8 @@ class Supervisor:
         if self._interruption is not None:
             self._interruption.start()
         self._utilisation.start()
+        with contextlib.suppress(OSError):
+            (self.run / RESERVE).write_bytes(os.urandom(RESERVE_BYTES))
         while self.record["state"] != "ended":
             self.tick()
             if self._told_to_end:
@@ -222,6 +226,8 @@ class Supervisor:
         """The run has ended on this node, for good under this token."""
         self.record.update(state="ended", reason=reason, detail=detail, pgid=None, ended_at=self._now(),
                            exit_code=self.record["exit_code"] if code is None else code)  # fmt: skip
+        with contextlib.suppress(OSError):
+            (self.run / RESERVE).unlink()
         self._note(f"ended: {reason}" + (f" ({detail})" if detail else ""))
         for _ in range(FINAL_WRITES):  # a full disk may be cleared
             if self._save(sync=True) or self._told_to_end:

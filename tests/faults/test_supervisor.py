@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults import disk
 from trainer import processes
 from trainer.supervise import take_lock
 from trainer.watchdog import read_json, write_json
@@ -361,6 +362,24 @@ def test_a_full_disk_does_not_kill_the_supervisor(run):
     old = record(run)["heartbeat"]
     until(lambda: record(run)["heartbeat"] > old, "heartbeats again")
     assert len(starts(run)) == 1
+
+
+@pytest.mark.skipif(not disk.mountable(), reason="needs root, to mount a small file system")
+def test_the_last_word_is_written_on_a_full_disk(run):
+    """A real ENOSPC that nobody clears: restarts are spent, and what the supervisor set aside has room for saying so."""
+    disk.mount(run, 32)
+    try:
+        shutil.copytree(REPOSITORY / "trainer", run / "trainer", ignore=shutil.ignore_patterns("__pycache__"))
+        (run / "fake.py").write_text(FAKE)
+        job(run, max_restarts=1)
+        supervisor = start(run)
+        until(lambda: training(run), "training")
+        disk.fill(run)
+        assert supervisor.wait(60) == 1
+        assert (record(run)["state"], record(run)["reason"]) == ("ended", "failed")
+        assert "the disk is full" in record(run)["detail"]
+    finally:
+        disk.unmount(run)
 
 
 def test_it_outlives_the_shell_that_started_it(run):
