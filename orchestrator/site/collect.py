@@ -325,6 +325,16 @@ def drain(remote: Remote, directory: str, mirrors: dict[str, Mirror], clock: Clo
         clock.wait(never, 0.05)
 
 
+def bring(
+    remote: Remote, directory: str, mirrors: dict[str, Mirror], clock: Clock, fetch: Callable[[], None]
+) -> None:
+    """Everything in the order of its worth: the metrics, which announce checkpoints; the checkpoints, by `fetch`; then the rest
+    of the log, however long that is. Raises as `drain` and `fetch` do."""
+    drain(remote, directory, {"metrics.jsonl": mirrors["metrics.jsonl"]}, clock)
+    fetch()
+    drain(remote, directory, mirrors, clock)
+
+
 def _size(path: str) -> str:
     quoted = shlex.quote(node_path(path))
     return f"[ -f {quoted} ] && wc -c < {quoted} || echo 0"

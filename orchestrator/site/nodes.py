@@ -186,20 +186,22 @@ class NodeSite:
         everywhere = [watch.remote, *(other.remote for other in self._others(run))]
         unfinished = run.attempt is not None and run.attempt.trainer_end not in {"finished", "stopped"}
 
+        def fetch() -> None:
+            items = [item for step in steps if not (item := run.checkpoints[step]).gone]
+            self._puller.fetch(watch.remote, watch.directory, items, weights_only)
+
         def work() -> None:
             if (
                 len(everywhere) > 1 and unfinished
             ):  # the nodes did not end together: what is left on any of them ends now
                 group.kill(everywhere, run.run)
-            collect.drain(watch.remote, watch.directory, mirrors, self._clock)
+            collect.bring(watch.remote, watch.directory, mirrors, self._clock, fetch)
             if self._plan.secrets:  # nothing trains there any more, and the node may be kept
                 for remote in everywhere:
                     start.forget_secrets(remote, run)
             found = collect.evaluations(watch.remote, watch.directory, run, self._clock, self._plan.decode)
             with self._lock:
                 self._news += found
-            items = [item for step in steps if not (item := run.checkpoints[step]).gone]
-            self._puller.fetch(watch.remote, watch.directory, items, weights_only)
             if self._plan.objects is not None:
                 pushed.settle(watch.remote, run, self._clock)
 

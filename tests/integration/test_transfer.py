@@ -19,6 +19,7 @@ from orchestrator.clock import SystemClock
 from orchestrator.remote import kit as kits
 from orchestrator.remote import lanes, openssh, pieces, questions, rsync, transfer
 from orchestrator.remote.kit import Kit
+from orchestrator.remote.mirror import Mirror
 from orchestrator.remote.node import CommandFailed, ConnectionLost, NodeUnreachable, NoSuchFile, Remote
 from orchestrator.site import collect
 from runs.record import CheckpointRecord
@@ -92,6 +93,31 @@ def test_a_checkpoint_that_retention_let_go_is_known_to_be_gone(node: Node, tmp_
         (tmp_path / "checkpoints" / "step-000020").rename(partial)
         puller.fetch(remote, there, [items[20]], weights_only=False)
     assert manifest.verify(tmp_path / "checkpoints" / "step-000020") == []
+
+
+def test_a_checkpoint_does_not_wait_for_the_log(node: Node, tmp_path: Path) -> None:
+    """A log that is long, over a link that is slow, arrives after what is worth more."""
+    folder, fetched = node.home / "llmctl" / "runs" / "r", []
+    folder.mkdir(parents=True)
+    (folder / "train.log").write_bytes(b"x" * 1000)
+    mirrors = {name: Mirror(tmp_path / name, 1) for name in ("train.log", "metrics.jsonl")}
+    clock = Hasty()
+    with node.remote() as remote, pytest.raises(TimeoutError, match="did not arrive"):
+        collect.bring(remote, "~/llmctl/runs/r", mirrors, clock, lambda: fetched.append(clock.monotonic()))
+    assert fetched == [0.0]
+
+
+class Hasty(SystemClock):
+    """A clock on which nobody waits."""
+
+    def __init__(self) -> None:
+        self.passed = 0.0
+
+    def monotonic(self) -> float:
+        return self.passed
+
+    def wait(self, event: threading.Event, seconds: float) -> None:
+        self.passed += seconds
 
 
 def announced(checkpoints: Path, step: int) -> CheckpointRecord:
