@@ -105,7 +105,9 @@ def _report(problem: Failure, words: Sequence[str]) -> int:
     if wants_json(words):
         sys.stdout.write(json.dumps(problem.document(), ensure_ascii=False) + "\n")
     else:
-        sys.stderr.write(problem.text() + "\n")
+        from orchestrator.figures import on_stderr
+
+        sys.stderr.write(on_stderr(problem.text()) + "\n")
     return problem.exit_code
 
 

@@ -1,9 +1,10 @@
-"""Figures as people read them: dollars, durations, counts, rates. Pure text; `-` stands for what is not known."""
+"""Figures and sentences as people read them: dollars, durations, counts, rates. Text only; `-` stands for what is not known."""
 
 from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -122,4 +123,20 @@ def spark(values: list[float], width: int) -> str:
     return "".join(
         blocks[min(7, int((value - low_value) / span * 8)) if span else 0] if math.isfinite(value) else " "
         for value in cells
+    )
+
+
+def on_stderr(text: str) -> str:
+    """`text` for stderr: in a terminal each line is wrapped between words, so that a command in it can be read and copied."""
+    if not sys.stderr.isatty():
+        return text
+    import functools
+    import shutil
+    import textwrap
+
+    room = max(20, shutil.get_terminal_size().columns - 1)
+    fill = functools.partial(textwrap.fill, width=room, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(
+        fill(line, subsequent_indent=" " * 7 if line.startswith("  try:") else "  ")
+        for line in text.split("\n")
     )

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from orchestrator.figures import on_stderr
 from runs.lock import driver_lock, held
 from runs.rows import LIVE, billing
 from runs.store import Store, StoreError, default_home, run_dir
@@ -27,18 +28,7 @@ def show() -> None:
     finally:
         store.close()
     for line in lines(home, rows):
-        sys.stderr.write(_fitted(line) + "\n")
-
-
-def _fitted(line: str) -> str:
-    """In a terminal wrapped between words, so that a command can still be read and copied; elsewhere one line."""
-    if not sys.stderr.isatty():
-        return line
-    import shutil
-    import textwrap
-
-    room = max(20, shutil.get_terminal_size().columns - 1)
-    return textwrap.fill(line, room, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+        sys.stderr.write(on_stderr(line) + "\n")
 
 
 def lines(home: Path, rows: Iterable[dict[str, Any]]) -> list[str]:

@@ -241,7 +241,11 @@ def judge(
     if not machine(as_json, output):
         left_out = f" ({len(asked) - len(fitting)} do not fit a context)" if len(fitting) < len(asked) else ""
         tell(f"{len(found)} models, {len(fitting)} questions{left_out}, {repeats} times each at {base_url}")
-    document = judging.run(store, found, fitting, ask, render_models.progress())
+    try:
+        document = judging.run(store, found, fitting, ask, render_models.progress())
+    except KeyboardInterrupt:
+        tell("\ninterrupted; the same command goes on from here, and asks nothing twice")
+        raise
     answer(document, as_json=machine(as_json, output), human=lambda: render_models.judged(document))
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from orchestrator import figures, footer
 from orchestrator.actions import show
-from orchestrator.figures import dollars, duration, sane, spark
+from orchestrator.figures import dollars, duration, on_stderr, sane, spark
 from orchestrator.render import live as render_live
 from orchestrator.render import show as render_show
 from orchestrator.render import watch as render_watch
@@ -169,4 +169,9 @@ def test_what_is_to_be_done_is_never_cut_off(
     told = capsys.readouterr().err
     assert max(map(len, told.splitlines())) < 60 and "`llmctl resume demo-0001` starts one" in " ".join(
         told.split()
+    )
+    error = on_stderr("error: " + "what happened and why " * 5 + "\n  try: " + "what to type next " * 5)
+    assert (
+        max(map(len, error.splitlines())) < 60
+        and error.split("try: ")[1].split() == ["what", "to", "type", "next"] * 5
     )
