@@ -13,7 +13,8 @@ from dataclasses import asdict
 from typing import Any
 
 from trainer.after import settings
-from trainer.config import ConfigError, from_dict
+from trainer.config import ConfigError
+from trainer.reading import from_dict
 
 BUILTIN = {"finetune": "instructions", "classify": "reviews", "dpo": "preferences"}
 """The demonstration set of each method."""

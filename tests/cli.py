@@ -25,11 +25,13 @@ class Cli:
     ) -> None:
         self.home = home
         if cache is not None:
-            home.mkdir(parents=True, exist_ok=True)
+            (home / "cache").mkdir(parents=True)
             cache.mkdir(parents=True, exist_ok=True)
-            (home / "cache").symlink_to(cache)
+            (home / "cache" / "builtin").symlink_to(cache)
         keep = {
-            name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR", "PYTHONPATH") if name in os.environ
+            name: os.environ[name]
+            for name in ("PATH", "LANG", "TMPDIR", "XDG_RUNTIME_DIR", "PYTHONPATH")
+            if name in os.environ
         }
         # A HOME of its own: the user's keys, caches and settings are neither read nor touched.
         (home / "user").mkdir(parents=True, exist_ok=True)

@@ -135,11 +135,11 @@ KEPT = ("__init__", "clock", "config", "gpus", "interruption", "manifest", "pref
 """The modules of our trainer that need no torch and that the node's side of llmctl runs."""
 
 
-def plain_trainer(folder: Path) -> str:
+def plain_trainer(folder: Path, *, step_seconds: float = 0.01) -> str:
     """Write the package into `folder`; its path, for `trainer.path`."""
     own = folder / "plain-trainer"
     own.mkdir(parents=True, exist_ok=True)
     for name in KEPT:
         shutil.copy(Path(trainer.__file__).with_name(f"{name}.py"), own)
-    (own / "__main__.py").write_text(MAIN)
+    (own / "__main__.py").write_text(MAIN.replace("STEP_SECONDS = 0.01", f"STEP_SECONDS = {step_seconds}"))
     return str(own)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from trainer import config as configuration
-from trainer import distributed, flops, microbatch, schedule
+from trainer import distributed, flops, microbatch, reading, schedule
 from trainer.batches import Batches, Reader, training_reader
 from trainer.config import ConfigError, DataConfig, TrainerConfig
 from trainer.distributed import World
@@ -104,7 +104,7 @@ def main(argv: Sequence[str]) -> int:
     )
     options = parser.parse_args(argv)
     try:
-        config = configuration.load(options.config)
+        config = reading.load(options.config)
         with distributed.world(config.train) as here, tempfile.TemporaryDirectory() as directory:
             if options.sweep:
                 rows = sweep(config, here, Path(directory), steps=options.steps)

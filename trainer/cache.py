@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from trainer import config as configuration
-from trainer.config import TrainerConfig
+from trainer import reading
+from trainer.config import HARMLESS, TrainerConfig
 from trainer.progress import write_json
 
 
@@ -31,14 +31,14 @@ def directory() -> Path:
 
 def key(config: TrainerConfig, device: torch.device, processes: int) -> str:
     """Hex digest of everything that memory and compiled code depend on."""
-    train = configuration.to_dict(config.train)
-    train = {name: value for name, value in train.items() if name not in configuration.HARMLESS}
+    train = reading.to_dict(config.train)
+    train = {name: value for name, value in train.items() if name not in HARMLESS}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         triton = None
-    facts = [configuration.to_dict(config.model), train, name, processes, str(torch.__version__), triton]
+    facts = [reading.to_dict(config.model), train, name, processes, str(torch.__version__), triton]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 

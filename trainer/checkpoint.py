@@ -22,8 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trainer import config as configuration
-from trainer import manifest
+from trainer import manifest, reading
 from trainer.config import CheckpointConfig, ConfigError, ModelConfig, TrainerConfig
 from trainer.distributed import World, whole
 from trainer.model import GPT, fill, plain_name, unpadded
@@ -176,9 +175,7 @@ def write(directory: Path, snapshot: Snapshot, config: TrainerConfig) -> None:
         # More than one metadata key would make the bytes depend on the hash seed.
         save_file(tensors, temporary / file, metadata={"format": "pt"})
     torch.save({"step": snapshot.step, "optimizer": snapshot.optimizer, **snapshot.facts}, temporary / STATE)
-    (temporary / CONFIG).write_text(
-        json.dumps(configuration.to_dict(config), indent=1) + "\n", encoding="utf-8"
-    )
+    (temporary / CONFIG).write_text(json.dumps(reading.to_dict(config), indent=1) + "\n", encoding="utf-8")
     manifest.write(temporary, snapshot.step)
     for path in [*temporary.iterdir(), temporary]:
         _sync(path)
@@ -276,7 +273,7 @@ def newest_whole(directory: Path, log: Callable[[str], None]) -> Path | None:
 
 def load_config(path: Path) -> TrainerConfig:
     """The configuration of the checkpoint at `path`. Raises ConfigError."""
-    return configuration.load(path / CONFIG)
+    return reading.load(path / CONFIG)
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -318,7 +315,7 @@ def restore_weights(
 
 def check_same_model(path: Path, model: ModelConfig) -> None:
     """Raises ConfigError unless the checkpoint at `path` has the configuration's model."""
-    theirs, ours = configuration.to_dict(load_config(path).model), configuration.to_dict(model)
+    theirs, ours = reading.to_dict(load_config(path).model), reading.to_dict(model)
     for key, value in ours.items():
         if key != "drop_rate" and theirs[key] != value:
             raise ConfigError(

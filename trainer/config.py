@@ -6,13 +6,10 @@ them (`__pydantic_config__` forbids unknown keys there), so a field exists once 
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal
 
 FORBID: dict[str, Any] = {"extra": "forbid", "use_attribute_docstrings": True}
 
@@ -255,36 +252,36 @@ def check(config: TrainerConfig) -> None:
     _check_model(config.model)
     _check_train(config.train)
     checkpoint = config.checkpoint
-    _require(checkpoint.every_steps >= 0, "checkpoint.every_steps", "must not be negative")
-    _require(checkpoint.keep >= 1, "checkpoint.keep", "at least one checkpoint must stay")
+    require(checkpoint.every_steps >= 0, "checkpoint.every_steps", "must not be negative")
+    require(checkpoint.keep >= 1, "checkpoint.keep", "at least one checkpoint must stay")
     if checkpoint.every is not None:
         try:
             seconds = parse_duration(checkpoint.every)
         except ValueError as error:
             raise ConfigError("checkpoint.every", str(error)) from None
-        _require(seconds > 0, "checkpoint.every", "must be longer than nothing")
-    _require(bool(config.data.train), "data.train", "names no shard")
-    _require(config.steps >= 1, "train.tokens",
+        require(seconds > 0, "checkpoint.every", "must be longer than nothing")
+    require(bool(config.data.train), "data.train", "names no shard")
+    require(config.steps >= 1, "train.tokens",
              f"{config.train.tokens} tokens are less than one step of {config.tokens_per_step}")  # fmt: skip
 
 
 def _check_model(model: ModelConfig) -> None:
     for name in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers"):
-        _require(getattr(model, name) >= 1, f"model.{name}", "must be at least 1")
-    _require(model.emb_dim % model.n_heads == 0, "model.n_heads",
+        require(getattr(model, name) >= 1, f"model.{name}", "must be at least 1")
+    require(model.emb_dim % model.n_heads == 0, "model.n_heads",
              f"{model.n_heads} heads do not divide emb_dim {model.emb_dim}")  # fmt: skip
-    _require(0 <= model.drop_rate < 1, "model.drop_rate", "must be in [0, 1)")
-    _require(model.ffn_dim is None or model.ffn_dim >= 1, "model.ffn_dim", "must be at least 1")
+    require(0 <= model.drop_rate < 1, "model.drop_rate", "must be in [0, 1)")
+    require(model.ffn_dim is None or model.ffn_dim >= 1, "model.ffn_dim", "must be at least 1")
     if model.n_kv_heads is not None:
-        _require(model.n_kv_heads >= 1 and model.n_heads % model.n_kv_heads == 0, "model.n_kv_heads",
+        require(model.n_kv_heads >= 1 and model.n_heads % model.n_kv_heads == 0, "model.n_kv_heads",
                  f"{model.n_kv_heads} does not divide n_heads {model.n_heads}")  # fmt: skip
     if model.position == "rope":
         rotated = model.emb_dim // model.n_heads * model.rotary_fraction
-        _require(0 < model.rotary_fraction <= 1 and rotated % 2 == 0, "model.rotary_fraction",
+        require(0 < model.rotary_fraction <= 1 and rotated % 2 == 0, "model.rotary_fraction",
                  f"must leave an even number of rotated dimensions per head, not {rotated:g}")  # fmt: skip
-        _require(_finite(model.rope_theta) and model.rope_theta > 0, "model.rope_theta", "must be positive")
+        require(_finite(model.rope_theta) and model.rope_theta > 0, "model.rope_theta", "must be positive")
     if model.logit_softcap is not None:
-        _require(
+        require(
             _finite(model.logit_softcap) and model.logit_softcap > 0,
             "model.logit_softcap",
             "must be positive",
@@ -292,7 +289,7 @@ def _check_model(model: ModelConfig) -> None:
 
 
 def _check_train(train: TrainConfig) -> None:
-    _require((train.tokens is None) != (train.steps is None), "train.tokens", "give either tokens or steps")
+    require((train.tokens is None) != (train.steps is None), "train.tokens", "give either tokens or steps")
     for name in (
         "tokens",
         "steps",
@@ -302,29 +299,29 @@ def _check_train(train: TrainConfig) -> None:
         "validation_tokens",
     ):
         value = getattr(train, name)
-        _require(value is None or value >= 1, f"train.{name}", "must be at least 1")
+        require(value is None or value >= 1, f"train.{name}", "must be at least 1")
     for name in ("warmup_steps", "validate_every"):
-        _require(getattr(train, name) >= 0, f"train.{name}", "must not be negative")
+        require(getattr(train, name) >= 0, f"train.{name}", "must not be negative")
     for name in ("learning_rate", "muon_learning_rate", "eps"):
-        _require(
+        require(
             _finite(getattr(train, name)) and getattr(train, name) > 0,
             f"train.{name}",
             "must be a positive number",
         )
     for name in ("min_learning_rate", "weight_decay", "grad_clip"):
-        _require(
+        require(
             _finite(getattr(train, name)) and getattr(train, name) >= 0,
             f"train.{name}",
             "must be a number of at least 0",
         )
-    _require(train.min_learning_rate <= train.learning_rate or train.schedule == "constant", "train.min_learning_rate",
+    require(train.min_learning_rate <= train.learning_rate or train.schedule == "constant", "train.min_learning_rate",
              f"{train.min_learning_rate:g} is above learning_rate {train.learning_rate:g}")  # fmt: skip
-    _require(all(0 <= beta < 1 for beta in train.betas), "train.betas", "must be in [0, 1)")
-    _require(0 <= train.cooldown_fraction <= 1, "train.cooldown_fraction", "must be in [0, 1]")
-    _require(not (train.sharding == "fsdp" and train.optimizer == "muon"), "train.sharding",
+    require(all(0 <= beta < 1 for beta in train.betas), "train.betas", "must be in [0, 1)")
+    require(0 <= train.cooldown_fraction <= 1, "train.cooldown_fraction", "must be in [0, 1]")
+    require(not (train.sharding == "fsdp" and train.optimizer == "muon"), "train.sharding",
              "fsdp shards the matrices that muon needs whole; use adamw or ddp")  # fmt: skip
     if train.microbatch_size != "auto":
-        _require(train.microbatch_size >= 1, "train.microbatch_size", "must be at least 1, or auto")
+        require(train.microbatch_size >= 1, "train.microbatch_size", "must be at least 1, or auto")
     if train.processes_per_node:
         check_batch(train, train.processes_per_node)
 
@@ -332,11 +329,11 @@ def _check_train(train: TrainConfig) -> None:
 def check_batch(train: TrainConfig, processes: int) -> None:
     """Raises ConfigError unless the global batch divides over `processes` and the microbatch divides that share."""
     share, rest = divmod(train.global_batch_size, processes)
-    _require(rest == 0, "train.global_batch_size",
+    require(rest == 0, "train.global_batch_size",
              f"{train.global_batch_size} does not divide over {processes} processes; "
              f"{processes * max(1, share)} or {processes * (share + 1)} would")  # fmt: skip
     if train.microbatch_size != "auto":
-        _require(share % train.microbatch_size == 0, "train.microbatch_size",
+        require(share % train.microbatch_size == 0, "train.microbatch_size",
                  f"{train.microbatch_size} does not divide the {share} sequences of each process; "
                  f"{', '.join(map(str, divisors(share)))} would")  # fmt: skip
 
@@ -350,84 +347,7 @@ def _finite(value: float) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def _require(condition: bool, key: str, message: str) -> None:
+def require(condition: bool, key: str, message: str) -> None:
+    """Raise ConfigError unless the condition holds."""
     if not condition:
         raise ConfigError(key, message)
-
-
-def load(path: Path) -> TrainerConfig:
-    """Read `config.json`. Raises ConfigError for an unknown key, a missing one or a wrong type; sections that the trainer
-    does not know (a spec's `hardware`, `budget`, …) are refused too: config.json has its own shape."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(str(path), error.strerror or str(error)) from error
-    except ValueError as error:
-        raise ConfigError(str(path), f"is not JSON: {error}") from error
-    config: TrainerConfig = from_dict(TrainerConfig, raw, "")
-    check(config)
-    return config
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """The plain JSON value of a configuration or one of its sections."""
-    return dataclasses.asdict(config)
-
-
-def from_dict(cls: Any, raw: Any, where: str) -> Any:
-    """Build the dataclass `cls` from a plain mapping, checking names and types. Raises ConfigError."""
-    _require(isinstance(raw, dict), where or "config", f"must be a mapping, not {type(raw).__name__}")
-    hints = get_type_hints(cls)
-    fields = {item.name: item for item in dataclasses.fields(cls)}
-    for key in raw:
-        _require(key in fields, f"{where}{key}", f"is not a field of {cls.__name__}")
-    values = {}
-    for name, item in fields.items():
-        if name in raw:
-            values[name] = _convert(hints[name], raw[name], f"{where}{name}")
-        elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"{where}{name}", "is required")
-    return cls(**values)
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    origin, args = get_origin(hint), get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return from_dict(hint, value, f"{where}.")
-    if origin is Literal:
-        _require(value in args, where, f"{value!r} is none of {', '.join(map(str, args))}")
-        return value
-    if origin is list:
-        _require(isinstance(value, list), where, "must be a list")
-        return [_convert(args[0], item, f"{where}[{index}]") for index, item in enumerate(value)]
-    if origin is tuple:
-        _require(
-            isinstance(value, (list, tuple)) and len(value) == len(args), where, f"must be {len(args)} values"
-        )
-        return tuple(_convert(kind, item, where) for kind, item in zip(args, value, strict=True))
-    if origin is Union or type(hint).__name__ == "UnionType":
-        return _convert_union(args, value, where)
-    if hint is float:
-        _require(
-            isinstance(value, (int, float)) and not isinstance(value, bool),
-            where,
-            f"must be a number, not {value!r}",
-        )
-        return float(value)
-    _require(isinstance(value, hint) and (hint is bool or not isinstance(value, bool)), where,
-             f"must be {hint.__name__}, not {value!r}")  # fmt: skip
-    return value
-
-
-def _convert_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
-    error: ConfigError | None = None
-    for option in options:
-        if option is type(None):
-            if value is None:
-                return None
-            continue
-        try:
-            return _convert(option, value, where)
-        except ConfigError as failed:
-            error = failed
-    raise error or ConfigError(where, "has no value")

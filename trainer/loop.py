@@ -12,11 +12,21 @@ from typing import Any
 
 import torch
 
-from trainer import cache, checkpoint, clock, distributed, ending, flops, manifest, microbatch, schedule
-from trainer import config as configuration
+from trainer import (
+    cache,
+    checkpoint,
+    clock,
+    distributed,
+    ending,
+    flops,
+    manifest,
+    microbatch,
+    reading,
+    schedule,
+)
 from trainer.batches import Batches, await_shards
 from trainer.checkpoint import Saved
-from trainer.config import TrainerConfig
+from trainer.config import TrainerConfig, parse_duration
 from trainer.ending import NonFiniteError
 from trainer.evaluate import mean_loss, report, samples, slices
 from trainer.progress import Status, finite, log, step_line
@@ -31,7 +41,7 @@ def run(config_path: Path, out: Path, *, resume: bool) -> int:
     """Train as `config_path` says, into `out`; the exit code. Every rank runs this."""
 
     def work(status: Status | None, stop: threading.Event) -> str:
-        return _train(configuration.load(config_path), out, resume=resume, status=status, stop=stop)
+        return _train(reading.load(config_path), out, resume=resume, status=status, stop=stop)
 
     return ending.carry(out, work, ShardError)
 
@@ -79,7 +89,7 @@ def _steps(run: Run) -> bool:
         run.reader, global_batch_size=train.global_batch_size, microbatch_size=run.microbatch_size, rank=here.rank,
         world_size=here.size, first_step=run.step + 1, last_step=last, device=here.device,
     )  # fmt: skip
-    interval = configuration.parse_duration(config.checkpoint.every) if config.checkpoint.every else None
+    interval = parse_duration(config.checkpoint.every) if config.checkpoint.every else None
     seen: set[int] = set()
     begun_at = run.step
     flags = here.agree(run.stopping, False)

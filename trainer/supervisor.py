@@ -18,6 +18,7 @@ from trainer.interruption import Interruption
 from trainer.utilisation import Utilisation
 from trainer.watchdog import (
     REFUSALS,
+    SCRATCH,
     Clock,
     Deadline,
     Job,
@@ -149,6 +150,7 @@ class Supervisor:
         argv = [*self.job.argv, "--resume"] if again and "--resume" not in self.job.argv else self.job.argv
         try:
             (self.run / "stop").unlink(missing_ok=True)
+            shutil.rmtree(self.run / SCRATCH, ignore_errors=True)
             self._old_status = self._status()
             environment = self.job.environment(self.run, processes.MARK, self._secrets)
             environment[steady.OFFSET] = repr(self._offset)
@@ -229,6 +231,7 @@ class Supervisor:
         with contextlib.suppress(OSError):
             (self.run / RESERVE).unlink()
         self._note(f"ended: {reason}" + (f" ({detail})" if detail else ""))
+        shutil.rmtree(self.run / SCRATCH, ignore_errors=True)
         for _ in range(FINAL_WRITES):  # a full disk may be cleared
             if self._save(sync=True) or self._told_to_end:
                 return

@@ -24,6 +24,8 @@ from typing import Any, TypeGuard
 
 from trainer import clock
 
+SCRATCH = "scratch"
+"""The folder in the run's directory for what torchrun and torch.compile would leave in the temporary one."""
 REFUSALS = {3: "config, data or disk refused", 4: "non_finite", 5: "out_of_memory"}
 """Exit codes of the trainer after which another start would end the same way."""
 _REASONS = {"config": 3, "data": 3, "disk_full": 3, "non_finite": 4, "out_of_memory": 5}
@@ -114,7 +116,8 @@ class Job:
         if self.secrets_file is not None and secrets is None:
             raise JobError(f"{self.secrets_file}: there is no such file")
         secrets = secrets or {}
-        return {**os.environ, "PYTHONUNBUFFERED": "1", **self.env, **secrets, mark: str(run)}
+        own = {"PYTHONUNBUFFERED": "1", "TORCHINDUCTOR_CACHE_DIR": str(run / SCRATCH / "inductor")}
+        return {**os.environ, **own, **self.env, **secrets, mark: str(run)}
 
 
 class Clock:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.data.errors import DataError, Offline
 from orchestrator.errors import Invalid
-from trainer import config, hf_config, manifest
+from trainer import hf_config, manifest, reading
 from trainer.config import ConfigError, DataConfig, ModelConfig, TrainConfig, TrainerConfig
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def look(word: str | Path, tokenizer: str | None = None) -> Base:
             told = TrainerConfig(DataConfig(train=["-"]), hf_config.read(path), train)
             files = ["config.json", *sorted(file.name for file in path.glob("*.safetensors"))]
         else:
-            told = config.load(path / "config.json")
+            told = reading.load(path / "config.json")
             files = [
                 "config.json",
                 "model.safetensors",

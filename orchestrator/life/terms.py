@@ -20,13 +20,13 @@ LARGE_BYTES = 256 * 2**20
 
 def hardware(spec: Mapping[str, Any]) -> dict[str, Any]:
     """A spec's hardware section as providers take it: with `disk_gib`, what a volume must hold besides the image."""
-    from trainer import config
+    from trainer import config, reading
     from trainer.flops import parameters
 
     section = dict(spec["hardware"])
     if not {"model", "checkpoint", "train"} <= set(spec):
         return section
-    model: config.ModelConfig = config.from_dict(config.ModelConfig, spec["model"], "model.")
+    model: config.ModelConfig = reading.from_dict(config.ModelConfig, spec["model"], "model.")
     train = spec["train"]
     sequences = int(train.get("global_batch_size") or 1) * int(train.get("steps") or 0)
     tokens = int(train.get("tokens") or 0) or sequences * model.context_length

@@ -104,7 +104,8 @@ def _tell(text: str) -> None:
 
 def asked(found: Found, ask: Ask) -> list[TestSet | str]:
     """The test sets: given shards, named ones, or those of the run's spec. Raises Usage where nothing is asked for."""
-    from trainer.config import TestSet, from_dict
+    from trainer.config import TestSet
+    from trainer.reading import from_dict
 
     own = [
         item if isinstance(item, str) else from_dict(TestSet, dict(item), "test_sets.")

@@ -22,7 +22,7 @@ import trainer
 from orchestrator.life.world import TrainerView
 from orchestrator.remote.connection import CommandFailed, CommandTimeout, RemoteError
 from orchestrator.remote.node import Remote
-from orchestrator.site.start import bare, directory, interface_env, rendezvous
+from orchestrator.site.start import bare, directory, interface_env, rendezvous, torchrun
 from runs.record import NodeRecord, RunRecord
 from trainer.watchdog import REFUSALS
 
@@ -144,8 +144,9 @@ class Group:
 
         def one(rank: int) -> tuple[int, str, str]:
             member = members[rank]
-            argv = [member.environment["python"], "-m", "torch.distributed.run", *rendezvous(token, addresses, rank),
-                    "--nproc-per-node", str(self._processes), "-m", "trainer", "preflight", "--device", self._device]  # fmt: skip
+            meeting = rendezvous(token, addresses, rank)
+            argv = [*torchrun(member.environment["python"], meeting, self._processes),
+                    "-m", "trainer", "preflight", "--device", self._device]  # fmt: skip
             env = {
                 "OMP_NUM_THREADS": "1",
                 **member.environment.get("env", {}),

@@ -26,12 +26,12 @@ from orchestrator.remote.node import Remote
 from orchestrator.site import environment, findings
 from orchestrator.site.collect import here
 from orchestrator.site.group import Group, Member, NoPrivateNetwork, interface, kill, private_address
-from orchestrator.site.start import bare, directory
+from orchestrator.site.start import bare, directory, torchrun
 from provisioning.base import ProviderError
 from provisioning.objects import S3
 from runs.record import NodeRecord, RunRecord
 from runs.sections import RunSpec
-from trainer import config, manifest
+from trainer import config, manifest, reading
 
 DATA = "~/llmctl/data"
 """Shards by content hash, shared by the runs of a node."""
@@ -199,7 +199,7 @@ def disk_bytes(run: RunRecord) -> int:
     """Bytes that the checkpoints of a run may take at once: weights and two moments in float32, keep + best + one in writing."""
     from trainer.flops import parameters
 
-    model: config.ModelConfig = config.from_dict(config.ModelConfig, run.spec["model"], "model.")
+    model: config.ModelConfig = reading.from_dict(config.ModelConfig, run.spec["model"], "model.")
     return 12 * parameters(model) * (int(run.spec["checkpoint"]["keep"]) + 2)
 
 
@@ -248,9 +248,8 @@ def _gpus(remote: Remote, run: RunRecord, progress: _Progress) -> None:
     found = progress.lanes["environment"].detail
     assert run.attempt is not None
     processes = max(1, run.attempt.world_size // len(run.attempt.keys))
-    command = ["sh", "-c", 'cd "$1" && shift && exec "$@"', "sh", bare(directory(run.run)), found["python"],
-               "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-               "-m", "trainer", "preflight"]  # fmt: skip
+    argv = [*torchrun(found["python"], ["--standalone"], processes), "-m", "trainer", "preflight"]
+    command = ["sh", "-c", 'cd "$1" && shift && exec "$@"', "sh", bare(directory(run.run)), *argv]
     result = remote.run(command, timeout=300, check=False, env=found["env"])
     if result.exit_code != 0:
         told = [
@@ -372,14 +371,14 @@ def plan_hash(plan: Plan) -> str:
 
 def node_config(plan: Plan, run: RunRecord) -> dict[str, Any]:
     """`config.json`: the spec's sections with the node's paths, prompts as tokens."""
-    values = config.to_dict(plan.config)
+    values = reading.to_dict(plan.config)
     up = "../../data"  # from runs/RUN to data
     values["data"]["train"] = [f"{up}/{item.node_name}" for item in plan.data.train]
     values["data"]["validation"] = [f"{up}/{item.node_name}" for item in plan.data.validation]
     counts = [item.tokens for item in plan.data.train]
     values["data"]["train_tokens"] = counts if all(counts) else None
     values["evaluate"]["test_sets"] = [
-        {**config.to_dict(item.test_set), "data": [f"{up}/{shard.node_name}" for shard in item.shards]}
+        {**reading.to_dict(item.test_set), "data": [f"{up}/{shard.node_name}" for shard in item.shards]}
         for item in plan.data.test_sets
     ]
     values["evaluate"]["prompt_tokens"] = plan.data.prompt_tokens

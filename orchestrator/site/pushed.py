@@ -26,7 +26,7 @@ from orchestrator.site.watch import Watch
 from provisioning.base import ProviderError, Refused
 from provisioning.objects import S3
 from runs.record import RunRecord
-from trainer import config, manifest
+from trainer import config, manifest, reading
 from trainer import pull as ranges
 from trainer.flops import parameters
 
@@ -74,7 +74,7 @@ def slots(run: RunRecord) -> list[str]:
 
 def part_count(run: RunRecord) -> int:
     """Parts of a slot: weights and two moments in float32, and a quarter more."""
-    model: config.ModelConfig = config.from_dict(config.ModelConfig, run.spec["model"], "model.")
+    model: config.ModelConfig = reading.from_dict(config.ModelConfig, run.spec["model"], "model.")
     return math.ceil((12 * parameters(model) * 1.25 + 64 * 2**20) / PART_BYTES)
 
 

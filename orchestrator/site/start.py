@@ -13,6 +13,7 @@ from orchestrator.remote.node import Remote
 from orchestrator.site import findings
 from runs import tuning
 from runs.record import RunRecord
+from trainer.watchdog import SCRATCH
 
 SECRETS_FILE = "secrets.env"
 """In the run's directory on a node, 0600, from the start of the trainer until it is collected."""
@@ -42,6 +43,20 @@ def rendezvous(token: str, addresses: Sequence[str], rank: int) -> list[str]:
 def interface_env(interface: str) -> dict[str, str]:
     """What makes NCCL and gloo use that network interface."""
     return {"NCCL_SOCKET_IFNAME": f"={interface}", "GLOO_SOCKET_IFNAME": interface}
+
+
+def torchrun(python: str, meeting: Sequence[str], processes: int) -> list[str]:
+    """The command that starts so many processes of the module that follows it, in a run's directory."""
+    return [
+        python,
+        "-m",
+        "torch.distributed.run",
+        *meeting,
+        "--log-dir",
+        SCRATCH,
+        "--nproc-per-node",
+        str(processes),
+    ]
 
 
 def directory(run: str) -> str:
@@ -98,10 +113,10 @@ def job(run: RunRecord, how: Start, secrets_file: str | None) -> dict[str, Any]:
     meeting, env = ["--standalone"], {}
     if nodes > 1:
         # Each line of each rank comes with its number: of one node alone, only rank 0 has anything to say.
-        meeting = [*rendezvous(how.token, how.addresses, how.rank), "--tee", "3", "--log-dir", "ranks"]
+        meeting = [*rendezvous(how.token, how.addresses, how.rank), "--tee", "3"]
         env = {**interface_env(how.interface), "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": RANK_PREFIX}
-    argv = [how.environment["python"], "-m", "torch.distributed.run", *meeting, "--nproc-per-node", str(processes),
-            "--max-restarts", "0", "-m", *tuning.entry(run.spec), "--config", "config.json", "--out", "."]  # fmt: skip
+    argv = [*torchrun(how.environment["python"], meeting, processes), "--max-restarts", "0",
+            "-m", *tuning.entry(run.spec), "--config", "config.json", "--out", "."]  # fmt: skip
     threads = max(1, how.cpus // processes) if run.spec["train"]["device"] == "cpu" else 1
     env = {
         **env,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,16 @@ def aws(
 _SHARED: list[AwsServer] = []
 
 
+@cache
+def _loader(search_path: str | None = None) -> Any:
+    from botocore.loaders import create_loader
+
+    return create_loader(search_path)
+
+
 def _take(server: AwsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process takes the server for AWS."""
+    """This process takes the server for AWS, and reads botocore's descriptions of the services once."""
+    monkeypatch.setattr("botocore.session.create_loader", _loader)
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     for name, value in server.environment(tmp_path / "home").items():

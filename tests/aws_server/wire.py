@@ -6,11 +6,13 @@ import base64
 import fnmatch
 import io
 import json
+import os
 import re
 import socket
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlencode
 
@@ -30,6 +32,8 @@ PRICES = {
 REGIONS = ("us-east-1", "us-east-2", "us-west-2")
 SOLD = (*PRICES, "g5.48xlarge", "p4de.24xlarge", "p5en.48xlarge", "g4dn.xlarge", "g5g.xlarge", "t3.micro")
 """The types that exist here, of moto's thousand."""
+os.environ["MOTO_AMIS_PATH"] = str(Path(__file__).with_name("images.json"))
+"""Read when moto is imported: without it each empty account is filled with 1,300 images."""
 SECRET = "wJalrXUtnFEMI-llmctl-tests-EXAMPLEKEY"
 
 

@@ -49,11 +49,11 @@ def stage() -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def attempt(kind: Kind, seed: int, cache: Path, known: Reference | None) -> Outcome:
-    """One case, from nothing to its audit."""
+def attempt(kind: Kind, seed: int, cache: Path, known: Reference | None, *, plain: bool = False) -> Outcome:
+    """One case, from nothing to its audit. `plain`: see Case."""
     outcome, began = Outcome(kind.name, seed), time.monotonic()
     with stage() as root:
-        case = Case(kind.name, seed, root, cache)
+        case = Case(kind.name, seed, root, cache, plain=plain)
         try:
             end = kind.inject(case)
             audit(case, outcome, code=end.code, expected=end.expected, known=known, exact=end.exact)

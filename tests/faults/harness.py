@@ -26,19 +26,21 @@ from runs.store import Store
 from tests.cli import Cli, spec
 from tests.faults.tap import Links, Proxy, Tap
 from tests.lambda_fixtures import Cloud
+from tests.plain_trainer import plain_trainer
 from trainer import processes
 
 STEPS, EVERY = 200, 25
 PACE = 0.02
 PATIENCE = 240.0
 """Seconds in which anything that is waited for must happen, on a busy machine too."""
-SLOW = """
+STEP_SECONDS = 0.025
+SLOW = f"""
 
 _quick_step = _one_step
 
 
 def _one_step(run: Run, batches: Batches) -> None:
-    time.sleep(0.025)
+    time.sleep({STEP_SECONDS})
     _quick_step(run, batches)
 """
 """Appended to the trainer's loop: steps of a few milliseconds leave no time for faults."""
@@ -63,12 +65,13 @@ class Outcome:
 class Case:
     """The stage of one case: server, tap, links, CLI, and hands that reach into each of them."""
 
-    def __init__(self, kind: str, seed: int, root: Path, cache: Path, **switches: Any) -> None:
+    def __init__(self, kind: str, seed: int, root: Path, cache: Path, *, plain: bool = False) -> None:
+        """`plain`: with the trainer that has no tensors, for kinds of fault that do not reach into it."""
         self.random = random.Random(f"{kind} {seed}")
-        self.kind, self.seed, self.root = kind, seed, root
+        self.kind, self.seed, self.root, self._plain = kind, seed, root, plain
         self.home = root / "home"
         self.home.mkdir(parents=True)
-        self.cloud = Cloud(root / "cloud", **{"pace": PACE, "boot_seconds": 10, **switches})
+        self.cloud = Cloud(root / "cloud", pace=PACE, boot_seconds=10)
         self.tap = Tap(self.cloud.url, self.home)
         environment = self.cloud.environment(self.home)
         self.links = Links(Path(environment["LLMCTL_TEST_SSH_PORTS"]), root / "ports.json")
@@ -88,8 +91,12 @@ class Case:
         import trainer
 
         own = self.root / "own" / "trainer"
-        shutil.copytree(Path(trainer.__file__).parent, own, ignore=shutil.ignore_patterns("__pycache__"))
-        for name, text in {"loop": SLOW, **patches}.items():
+        if self._plain:
+            own = Path(plain_trainer(self.root, step_seconds=STEP_SECONDS))
+        else:
+            shutil.copytree(Path(trainer.__file__).parent, own, ignore=shutil.ignore_patterns("__pycache__"))
+            patches = {"loop": SLOW, **patches}
+        for name, text in patches.items():
             with (own / f"{name}.py").open("a") as file:
                 file.write(text)
         return own

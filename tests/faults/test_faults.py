@@ -31,6 +31,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_nothing_is_lost(case: str, cache: Path) -> None:
     """No instance, launch, checkpoint, line or dollar; and the fault did happen."""
     name, _, seed = case.partition(":")
-    outcome = attempt(KINDS[name], int(seed), cache, None)
+    outcome = attempt(KINDS[name], int(seed), cache, None, plain=True)
     assert {column: found for column, found in outcome.found.items() if found} == {}
     assert outcome.injected == KINDS[name].times

@@ -1,31 +1,26 @@
-"""Ctrl-C, stop and resume on a run that really trains: following is not the run."""
+"""Ctrl-C, stop and resume: following is not the run."""
 
 from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.cli import Cli, spec
+from tests.plain_trainer import plain_trainer
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def cli(tmp_path: Path) -> Iterator[Cli]:
-    cli = Cli(tmp_path / "home")
-    yield cli
-    left = cli.left()
-    cli.end()
-    assert left == []
-
-
 def test_ctrl_c_stops_following_and_says_what_it_costs_then_stop_and_resume(cli: Cli) -> None:
     (cli.home / "run.yaml").write_text(
-        spec(train__steps=100_000, train__validate_every=0, checkpoint__every_steps=0)
+        spec(
+            train__steps=100_000,
+            train__validate_every=0,
+            checkpoint__every_steps=100_000,
+            trainer={"path": plain_trainer(cli.home)},
+        )
     )
     launch = cli.start("launch", "run.yaml")
     cli.wait(lambda: (cli.json("status") or [{}])[0].get("step"))

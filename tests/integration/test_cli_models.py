@@ -36,8 +36,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture
-def cli(tmp_path: Path, made: Any) -> Cli:
-    cli = Cli(tmp_path / "home", {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+def cli(cli: Cli, made: Any) -> Cli:
+    cli.env |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     tiny_models.run_with(cli.home, made[0])
     return cli
 

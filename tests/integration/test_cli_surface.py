@@ -35,11 +35,6 @@ COMMANDS = ["init", "doctor", "offers", "plan", "launch", "resume", "status", "t
             "ssh", "rm", "reap", "compare", "report", "sample", "evaluate", "judge", "export", "data"]  # fmt: skip
 
 
-@pytest.fixture
-def cli(tmp_path: Path) -> Cli:
-    return Cli(tmp_path / "home")
-
-
 def modules(cli: Cli, *words: str) -> set[str]:
     """Top-level modules that a command loads."""
     code = (

@@ -13,9 +13,9 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("case", ["link-reset:1", "server-moved:1", "host-key-changed:1"])
-def test_a_broken_link_loses_nothing(case: str, tmp_path: Path) -> None:
+def test_a_broken_link_loses_nothing(case: str, shards: Path) -> None:
     """Cut in mid-transfer; the node's server gone and back at another address; another host key, which ends the run at once."""
     name, _, seed = case.partition(":")
-    outcome = attempt(KINDS[name], int(seed), tmp_path / "cache", None)
+    outcome = attempt(KINDS[name], int(seed), shards, None, plain=True)
     assert {column: found for column, found in outcome.found.items() if found} == {}
     assert outcome.injected == KINDS[name].times

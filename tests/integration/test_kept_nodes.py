@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.cli import Cli, spec
+from tests.plain_trainer import plain_trainer
 
 pytestmark = pytest.mark.slow
-SHORT = {"train__steps": 20, "train__validate_every": 10, "train__processes_per_node": 1}
 
 
-@pytest.fixture
-def cli(tmp_path: Path) -> Iterator[Cli]:
-    """A CLI with an empty home; nothing of it may be left running."""
-    cli = Cli(tmp_path / "home")
-    yield cli
-    left = cli.left()
-    cli.end()
-    assert left == []
+def short(cli: Cli, **changes: Any) -> str:
+    """A spec of a second's work, whose trainer has no tensors."""
+    few = {"train__steps": 20, "train__validate_every": 10, "train__processes_per_node": 1}
+    return spec(**few, trainer={"path": plain_trainer(cli.home)}, **changes)
 
 
 def lanes(cli: Cli, run: str) -> dict[str, dict[str, object]]:
@@ -32,8 +27,8 @@ def lanes(cli: Cli, run: str) -> dict[str, dict[str, object]]:
 
 def test_a_second_run_takes_the_kept_node_over(cli: Cli) -> None:
     """Nothing is rented, sent or looked for again; each pays its part of one bill; what is busy, gone or another kind is refused."""
-    (cli.home / "keep.yaml").write_text(spec(name="first", node={"on_finish": "keep"}, **SHORT))
-    (cli.home / "run.yaml").write_text(spec(name="second", **SHORT))
+    (cli.home / "keep.yaml").write_text(short(cli, name="first", node={"on_finish": "keep"}))
+    (cli.home / "run.yaml").write_text(short(cli, name="second"))
     cli.run("launch", "keep.yaml")
     first = cli.only()
     (node,) = cli.row(first)["nodes"]
@@ -80,10 +75,10 @@ def test_a_second_run_takes_the_kept_node_over(cli: Cli) -> None:
 
 def test_a_node_of_another_kind_is_refused(cli: Cli) -> None:
     """And the kept one is released by `stop` of the run that keeps it."""
-    (cli.home / "keep.yaml").write_text(spec(node={"on_finish": "10m"}, **SHORT))
+    (cli.home / "keep.yaml").write_text(short(cli, node={"on_finish": "10m"}))
     cli.run("launch", "keep.yaml")
     first = cli.only()
-    other = spec(hardware={"provider": "ssh", "host": "127.0.0.1", "user": "nobody"}, **SHORT)
+    other = short(cli, hardware={"provider": "ssh", "host": "127.0.0.1", "user": "nobody"})
     (cli.home / "other.yaml").write_text(other)
     assert "asks for ssh" in cli.run("launch", "other.yaml", "--on", first, code=3).stderr
     cli.run("stop", first)

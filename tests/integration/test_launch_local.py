@@ -6,27 +6,23 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.cli import Cli, spec
 from tests.plain_trainer import plain_trainer
-from trainer import cache, config, manifest
+from trainer import cache, manifest, reading
+from trainer.watchdog import SCRATCH
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def cli(tmp_path: Path) -> Iterator[Cli]:
-    """A CLI with an empty home; nothing of it may be left running."""
-    cli = Cli(tmp_path / "home")
-    yield cli
-    left = cli.left()
-    cli.end()
-    assert left == []
+def plain(cli: Cli, **changes: Any) -> str:
+    """A spec whose trainer has no tensors: the case is about the node, the files and the bill."""
+    return spec(trainer={"path": plain_trainer(cli.home)}, **changes)
 
 
 def finished(cli: Cli, run: str, steps: int = 60) -> None:
@@ -48,10 +44,15 @@ def finished(cli: Cli, run: str, steps: int = 60) -> None:
 
 def test_launch_trains_collects_releases_and_prices(cli: Cli) -> None:
     """From a spec to a verified checkpoint and a bill, with one command; then nothing is left running."""
-    (cli.home / "run.yaml").write_text(spec())
+    temporary = cli.home / "temporary"
+    temporary.mkdir()
+    (cli.home / "run.yaml").write_text(spec(node={"env": {"TMPDIR": str(temporary)}}))
     cli.run("launch", "run.yaml")
     run = cli.only()
     finished(cli, run)
+    assert list(temporary.iterdir()) == [], "nothing stays in the node's temporary folder"
+    (folder,) = cli.home.glob(f"node-home/*/llmctl/runs/{run}")
+    assert not (folder / SCRATCH).exists()
     fetched = cli.json("fetch-checkpoint", run)
     assert fetched["verified"] and manifest.digest(Path(fetched["path"])) == fetched["sha256"]
     (row,) = cli.json("compare")
@@ -74,7 +75,7 @@ def test_what_a_trainer_found_out_goes_along_to_the_next_node(cli: Cli) -> None:
     (cli.home / "first.yaml").write_text(spec(train__microbatch_size="auto", train__steps=1_000_000))
     cli.run("launch", "first.yaml", "--detach")
     (job,) = cli.wait(lambda: list(cli.home.rglob("llmctl/runs/tiny-*/job.json")))
-    settings = config.load(job.with_name("config.json"))
+    settings = reading.load(job.with_name("config.json"))
     there = job.parent / json.loads(job.read_text())["env"]["LLMCTL_TRAINER_CACHE"]
     there.mkdir(parents=True)
     name = f"{cache.key(settings, torch.device('cpu'), 2)}.json"
@@ -126,7 +127,7 @@ def test_checkpoints_that_the_node_lets_go_too_soon_hold_nothing_up(cli: Cli) ->
 
 def test_second_launch_sends_nothing_again(cli: Cli) -> None:
     """What the first run left on the node's home is used by the second: no shard is sent, no environment is looked for."""
-    (cli.home / "run.yaml").write_text(spec(train__steps=10, train__validate_every=10))
+    (cli.home / "run.yaml").write_text(plain(cli, train__steps=10, train__validate_every=10))
     cli.run("launch", "run.yaml")
     cli.run("launch", "run.yaml")
     newest, oldest = [row["run"] for row in cli.json("status")]
@@ -141,7 +142,7 @@ def test_second_launch_sends_nothing_again(cli: Cli) -> None:
 
 def test_kill_everything_here_then_resume(cli: Cli) -> None:
     """kill -9 of the follower and of the driver in mid-training; `resume` ends in the same result, each step once."""
-    (cli.home / "run.yaml").write_text(spec(train__steps=400, train__validate_every=100))
+    (cli.home / "run.yaml").write_text(plain(cli, train__steps=400, train__validate_every=100))
     launch = cli.start("launch", "run.yaml")
     cli.wait(lambda: cli.json("status") and (cli.json("status")[0]["step"] or 0) > 20)
     run = cli.only()
@@ -158,7 +159,7 @@ def test_kill_everything_here_then_resume(cli: Cli) -> None:
 
 def test_stop_keeps_the_last_checkpoint_and_resume_goes_on(cli: Cli) -> None:
     """`stop` writes and brings home a checkpoint, and releases; `resume` continues from it on a new node."""
-    (cli.home / "run.yaml").write_text(spec(train__steps=600, train__validate_every=200))
+    (cli.home / "run.yaml").write_text(plain(cli, train__steps=300, train__validate_every=100))
     cli.run("launch", "run.yaml", "--detach")
     run = cli.only()
     cli.wait(lambda: (cli.row(run)["step"] or 0) > 20)
@@ -168,7 +169,7 @@ def test_stop_keeps_the_last_checkpoint_and_resume_goes_on(cli: Cli) -> None:
     newest = max(document["checkpoints"], key=lambda item: item["step"])
     assert newest["fetched"] and manifest.verify(Path(newest["path"])) == []
     cli.run("resume", run)
-    finished(cli, run, steps=600)
+    finished(cli, run, steps=300)
     document = cli.show(run)
     assert document["attempts"][-1]["from_step"] == newest["step"]
     resumed = [

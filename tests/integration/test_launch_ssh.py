@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 
 from tests.cli import Cli, spec
 from tests.nodes import Node, node  # noqa: F401  fixture
+from tests.plain_trainer import plain_trainer
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def cli(tmp_path: Path) -> Iterator[Cli]:
-    """A CLI with an empty home; nothing of it may be left running."""
-    cli = Cli(tmp_path / "home")
-    yield cli
-    left = cli.left()
-    cli.end()
-    assert left == []
 
 
 def test_a_run_on_a_machine_of_ones_own(cli: Cli, node: Node) -> None:  # noqa: F811
@@ -34,7 +22,9 @@ def test_a_run_on_a_machine_of_ones_own(cli: Cli, node: Node) -> None:  # noqa: 
         "identity_file": str(address.identity_file),
         "usd_per_hour": 3.6,
     }
-    (cli.home / "run.yaml").write_text(spec(hardware=hardware, wandb={"mode": "offline"}))
+    (cli.home / "run.yaml").write_text(
+        spec(hardware=hardware, wandb={"mode": "offline"}, trainer={"path": plain_trainer(cli.home)})
+    )
     cli.run("launch", "run.yaml")
     run = cli.only()
     document = cli.show(run)

@@ -7,25 +7,14 @@ import json
 import os
 import signal
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.cli import Cli, spec
+from tests.plain_trainer import plain_trainer
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def cli(tmp_path: Path) -> Iterator[Cli]:
-    """A CLI with an empty home; nothing of it may be left running."""
-    cli = Cli(tmp_path / "home")
-    yield cli
-    left = cli.left()
-    cli.end()
-    assert left == []
 
 
 def made(cli: Cli) -> list[dict[str, Any]]:
@@ -35,9 +24,8 @@ def made(cli: Cli) -> list[dict[str, Any]]:
 
 def sweep_through_kills(cli: Cli, rates: list[float], seeds: int, nodes: int) -> dict[str, Any]:
     """Make the runs, killing the sweep and a driver in the middle; what the sweep says at its end."""
-    tiny = spec(
-        train__steps=12, train__validate_every=6, train__processes_per_node=1, checkpoint={"every_steps": 6}
-    )
+    tiny = spec(train__steps=80, train__validate_every=40, train__processes_per_node=1, checkpoint={"every_steps": 40},
+                trainer={"path": plain_trainer(cli.home)})  # fmt: skip
     (cli.home / "run.yaml").write_text(tiny)
     values = {"name": "rates", "spec": "run.yaml", "budget": {"max_usd": 5}, "nodes": nodes,
               "grid": {"train.learning_rate": rates}, "seeds": seeds}  # fmt: skip

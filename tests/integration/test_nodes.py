@@ -31,16 +31,6 @@ Job.__init__ = _impatient
 """
 
 
-@pytest.fixture
-def cli(tmp_path: Path) -> Iterator[Cli]:
-    """A CLI with an empty home; nothing of it may be left running."""
-    cli = Cli(tmp_path / "home")
-    yield cli
-    left = cli.left()
-    cli.end()
-    assert left == []
-
-
 def losses(cli: Cli, run: str) -> list[float]:
     """Of each step, in order, each once."""
     lines = [line for line in cli.metrics(run) if line["kind"] == "step"]

@@ -6,7 +6,6 @@ import ast
 import hashlib
 import json
 import os
-from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +19,7 @@ from orchestrator.site import collect
 from runs.record import CheckpointRecord
 from tests.cli import Cli, spec
 from tests.nodes import Node, node  # noqa: F401
+from tests.plain_trainer import plain_trainer
 from trainer import manifest, processes
 
 SECRET = "hf_" + "s3cr3tS3CR3T" * 2
@@ -27,11 +27,10 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def cli(tmp_path: Path) -> Iterator[Cli]:
+def cli(cli: Cli) -> Cli:
     """A CLI whose caller has a token."""
-    made = Cli(tmp_path / "home", {"HF_TOKEN": SECRET})
-    yield made
-    made.end()
+    cli.env["HF_TOKEN"] = SECRET
+    return cli
 
 
 def environment_of(process: psutil.Process) -> str:
@@ -47,7 +46,7 @@ def test_a_secret_reaches_the_trainer_and_nothing_else(cli: Cli) -> None:
     """Not in any command line, not in the environment of what watches on the node, and not in any file
     once it trains."""
     (cli.home / "run.yaml").write_text(
-        spec(train__steps=2000, train__validate_every=1000, node={"secrets": ["HF_TOKEN"]})
+        spec(train__steps=2000, node={"secrets": ["HF_TOKEN"]}, trainer={"path": plain_trainer(cli.home)})
     )
     cli.run("launch", "run.yaml", "--detach")
     run = cli.only()
@@ -184,7 +183,12 @@ def test_values_for_the_trainer_are_never_shell(cli: Cli) -> None:
     """A plain value with everything in it that a shell would obey arrives as it is. Nor is a name that looks like an option one."""
     value = "$(touch pwned) `touch pwned`; touch pwned 'x' \"y\" \\ $HOME *"
     (cli.home / "run.yaml").write_text(
-        spec(name="-rf", train__steps=2000, train__validate_every=1000, node={"env": {"PLAIN": value}})
+        spec(
+            name="-rf",
+            train__steps=2000,
+            node={"env": {"PLAIN": value}},
+            trainer={"path": plain_trainer(cli.home)},
+        )
     )
     cli.run("launch", "run.yaml", "--detach")
     run = cli.only()

@@ -14,8 +14,9 @@ import torch.nn.functional as F  # noqa: N812
 
 from trainer import flops, hf, manifest
 from trainer.checkpoint import CONFIG, WEIGHTS
-from trainer.config import ConfigError, DataConfig, ModelConfig, TrainConfig, TrainerConfig, to_dict
+from trainer.config import ConfigError, DataConfig, ModelConfig, TrainConfig, TrainerConfig
 from trainer.model import GPT, KeyValues, fill, initial_weights, padded
+from trainer.reading import to_dict
 from trainer.sample import load_model
 
 TINY = {"vocab_size": 101, "context_length": 24, "emb_dim": 32, "n_heads": 4, "n_layers": 2}

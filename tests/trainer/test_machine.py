@@ -13,8 +13,9 @@ import torch
 
 from trainer import cache, flops, gpus, microbatch
 from trainer.__main__ import main
-from trainer.config import ConfigError, DataConfig, ModelConfig, TrainConfig, TrainerConfig, load
+from trainer.config import ConfigError, DataConfig, ModelConfig, TrainConfig, TrainerConfig
 from trainer.distributed import World
+from trainer.reading import load
 
 HERE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
 
@@ -78,7 +79,7 @@ def test_requests() -> None:
 
 
 def test_the_orchestrator_s_half_needs_neither_torch_nor_numpy() -> None:
-    code = ("import sys, trainer.gpus, trainer.flops, trainer.slices, trainer.shards, trainer.manifest, trainer.config, trainer.schedule, "
+    code = ("import sys, trainer.gpus, trainer.flops, trainer.slices, trainer.shards, trainer.manifest, trainer.config, trainer.reading, trainer.schedule, "
             "trainer.progress, trainer.__main__; sys.exit(int('torch' in sys.modules or 'numpy' in sys.modules))")  # fmt: skip
     assert (
         subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode

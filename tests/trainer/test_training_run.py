@@ -18,7 +18,8 @@ import torch
 from tests.trainer.conftest import MODEL, losses, records, status
 from trainer import cache, checkpoint, evaluate, loop, manifest
 from trainer.batches import Reader
-from trainer.config import CheckpointConfig, load
+from trainer.config import CheckpointConfig
+from trainer.reading import load
 from trainer.session import can_compile
 from trainer.shards import Order, probe, write_bin
 

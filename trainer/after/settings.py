@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 from trainer import config as configuration
+from trainer import reading
 from trainer.config import (
     FORBID,
     CheckpointConfig,
@@ -284,7 +285,7 @@ def load(kind: type[T], path: Path) -> T:
         raise ConfigError(str(path), error.strerror or str(error)) from error
     except ValueError as error:
         raise ConfigError(str(path), f"is not JSON: {error}") from error
-    settings: T = configuration.from_dict(kind, raw, "")
+    settings: T = reading.from_dict(kind, raw, "")
     check(settings)
     if not isinstance(settings, MeasureConfig):
         _require(
@@ -381,4 +382,4 @@ def steps_per_epoch(train: TuneTrain, examples: int) -> int:
 
 def to_dict(settings: Any) -> dict[str, Any]:
     """The plain JSON value of a configuration."""
-    return configuration.to_dict(settings)
+    return reading.to_dict(settings)

@@ -1,0 +1,31 @@
+"""What tests write outside their own folders goes with them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _scratch() -> Iterator[None]:
+    """A temporary folder of this session for whatever uses one, and for SSH's control sockets: its name is short. Gone at the end."""
+    outside = {
+        name: os.environ.get(name) for name in ("TMPDIR", "XDG_RUNTIME_DIR", "TORCHINDUCTOR_CACHE_DIR")
+    }
+    folder = Path(tempfile.mkdtemp(prefix="llmctl-tests-"))
+    os.environ |= {
+        "TMPDIR": str(folder),
+        "XDG_RUNTIME_DIR": str(folder),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+    }
+    tempfile.tempdir = None  # it is read anew
+    yield
+    for name, value in outside.items():
+        os.environ.pop(name) if value is None else os.environ.update({name: value})
+    tempfile.tempdir = None
+    shutil.rmtree(folder, ignore_errors=True)
