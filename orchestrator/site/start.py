@@ -16,7 +16,7 @@ from runs.record import RunRecord
 from trainer.watchdog import SCRATCH
 
 SECRETS_FILE = "secrets.env"
-"""In the run's directory on a node, 0600, from the start of the trainer until it is collected."""
+"""In the run's directory on a node, 0600, until the supervisor has read it."""
 
 
 RANK_PREFIX = "[rank ${rank}] "
@@ -101,7 +101,7 @@ def start(remote: Remote, run: RunRecord, secrets: Mapping[str, str], how: Start
 
 
 def forget_secrets(remote: Remote, run: RunRecord) -> None:
-    """Remove the secrets from a node whose trainer has ended."""
+    """Remove what no supervisor took, because it never lived or its token had ended already."""
     remote.run(["rm", "-f", bare(f"{directory(run.run)}/{SECRETS_FILE}")])
 
 

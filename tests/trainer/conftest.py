@@ -52,6 +52,11 @@ def token_shards(text: bytes, tmp_path_factory: pytest.TempPathFactory) -> dict[
 @pytest.fixture
 def make_config(token_shards: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
     """Writes a config.json; keyword arguments are sections whose keys replace the defaults."""
+    return config_maker(token_shards, tmp_path)
+
+
+def config_maker(token_shards: dict[str, Path], folder: Path) -> Callable[..., Path]:
+    """What writes a config.json into `folder`."""
 
     def make(**sections: dict[str, Any]) -> Path:
         document: dict[str, dict[str, Any]] = {
@@ -70,7 +75,7 @@ def make_config(token_shards: dict[str, Path], tmp_path: Path) -> Callable[..., 
         }  # fmt: skip
         for section, values in sections.items():
             document.setdefault(section, {}).update(values)
-        path = tmp_path / f"config-{len(list(tmp_path.glob('config-*')))}.json"
+        path = folder / f"config-{len(list(folder.glob('config-*')))}.json"
         path.write_text(json.dumps(document), encoding="utf-8")
         return path
 

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.trainer.conftest import losses, records
+from tests.trainer.conftest import config_maker, losses, records
 from trainer import checkpoint, loop, manifest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,10 +33,12 @@ INSTANTS = [
 ]
 
 
-@pytest.fixture
-def uninterrupted(make_config: MakeConfig, tmp_path: Path) -> Path:
-    assert loop.run(make_config(), tmp_path / "whole", resume=False) == 0
-    return tmp_path / "whole"
+@pytest.fixture(scope="module")
+def uninterrupted(token_shards: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    torch.set_num_threads(1)  # as in each test: the reductions are in one order
+    assert loop.run(config_maker(token_shards, folder)(), folder / "out", resume=False) == 0
+    return folder / "out"
 
 
 def run_killed(config: Path, out: Path, instant: str, count: int) -> None:
