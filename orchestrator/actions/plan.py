@@ -160,12 +160,14 @@ def quiet_store() -> Store | None:
 
 
 def provider_of(spec: RunSpec, store: Store | None) -> Provider:
-    """The provider that the spec names. Raises ProviderError."""
-    from provisioning import open_provider
+    """The provider that the spec names. Raises ProviderError, KeyFileError for a key that cannot log in."""
+    from provisioning import keys, open_provider
     from provisioning.base import Home
 
     home = Home(store.home, store.owner) if store else Home(default_home(), "planning")
     section = {**hardware(spec), "self_terminate": spec.node.self_terminate}
+    if identity := section.get("identity_file"):
+        keys.public_key(Path(str(identity)))
     return open_provider(spec.hardware.provider, home, section)
 
 

@@ -25,6 +25,7 @@ from provisioning.base import (
     ProviderError,
     Refused,
 )
+from provisioning.keys import KeyFileError
 from runs import charges
 from runs import events as e
 from runs.facts import ENDED, Marker, NodeFacts, Offer, lease_minutes
@@ -218,7 +219,6 @@ class Hands:
         lease = lease_minutes(effect.lease_end)
         marker = Marker(run=run.run, attempt=effect.attempt, index=effect.index, lease_end=lease)
         stream = e.node_stream(marker.key)
-        request = self.request(marker, effect.offer)
         self.commit(
             (
                 stream,
@@ -235,8 +235,8 @@ class Hands:
         )
         outcome: e.NodeEvent
         try:
-            node_id = self.provider.launch(request)
-        except (Refused, CredentialsError, InvalidHardware) as error:
+            node_id = self.provider.launch(self.request(marker, effect.offer))
+        except (Refused, CredentialsError, InvalidHardware, KeyFileError) as error:
             sold_out = isinstance(error, NoCapacity)
             outcome = e.LaunchRefused(
                 at=self.clock.now(), code=error.code, message=str(error), capacity=sold_out

@@ -372,6 +372,15 @@ def test_missing_and_torn_shards_are_3_before_a_run_exists(cli: Cli) -> None:
     assert cli.json("status") == []
 
 
+def test_a_key_that_cannot_log_in_is_3_before_a_run_exists(cli: Cli) -> None:
+    (cli.home / "garbage").write_text("no key")
+    for key, said in (("/nope", "No such file"), ("garbage", "is not a private key")):
+        hardware = {"provider": "ssh", "host": "127.0.0.1", "user": "me", "identity_file": key}
+        (cli.home / "run.yaml").write_text(spec(hardware=hardware))
+        assert said in cli.json("launch", "run.yaml", code=3)["error"]["message"]
+    assert cli.json("status") == []
+
+
 def test_a_home_that_cannot_be_written_is_one_clear_error(cli: Cli) -> None:
     (cli.home / "run.yaml").write_text(spec())
     (cli.home / "file").write_text("")

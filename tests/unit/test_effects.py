@@ -19,6 +19,7 @@ from provisioning.base import (
     Traits,
     Unavailable,
 )
+from provisioning.keys import KeyFileError
 from runs import events as e
 from runs.facts import BillingEvidence, Inventory, NodeFacts
 from runs.record import NodeRecord, RunRecord
@@ -134,6 +135,17 @@ def test_a_launch_is_intended_called_once_and_its_outcome_kept(
     assert (bench.node.answer, bench.node.capacity_refused) == (answer, capacity)
     assert bench.node.id == ("i-10" if error is None else None)
     assert bench.node.marker.lease_end == at(120)
+
+
+def test_a_key_that_went_away_refuses_the_launch(tmp_path: Path) -> None:
+    def request(*_: object) -> LaunchRequest:
+        raise KeyFileError("/nope: No such file or directory", hint="name a readable one")
+
+    bench = Bench(tmp_path, Story().begun())
+    bench.hands.request = request
+    bench.do(w.Launch(1, 0, OFFER, at(90)))
+    assert bench.provider.calls == [] and bench.node.answer == "refused"
+    assert bench.node.refusal == "identity_file: /nope: No such file or directory"
 
 
 @pytest.mark.parametrize(
