@@ -23,6 +23,7 @@ from trainer.config import (
     TrainConfig,
     TrainerConfig,
     Tuned,
+    require,
 )
 
 
@@ -288,55 +289,50 @@ def load(kind: type[T], path: Path) -> T:
     settings: T = reading.from_dict(kind, raw, "")
     check(settings)
     if not isinstance(settings, MeasureConfig):
-        _require(
+        require(
             bool(settings.data.validation),
             "data.validation",
             "names no file; without one no epoch is better than another",
         )
     if isinstance(settings, ClassifyConfig):
-        _require(len(settings.classes) >= 2, "classes", "must be at least two different labels")
+        require(len(settings.classes) >= 2, "classes", "must be at least two different labels")
     return settings
 
 
 def check(settings: Tune) -> None:
     """What a section may not say although each of its keys is well-formed. Raises ConfigError naming the key."""
     train = settings.train
-    _require(train.global_batch_size >= 1, "train.global_batch_size", "must be at least 1")
+    require(train.global_batch_size >= 1, "train.global_batch_size", "must be at least 1")
     size = train.microbatch_size
-    _require(size is None or size >= 1, "train.microbatch_size", "must be at least 1")
+    require(size is None or size >= 1, "train.microbatch_size", "must be at least 1")
     if isinstance(settings, Measure):
         return
     assert isinstance(train, TuneTrain)
-    _require(bool(settings.data.train), "data.train", "names no file")
+    require(bool(settings.data.train), "data.train", "names no file")
     for name in ("epochs", "patience", "log_every"):
-        _require(getattr(train, name) >= 1, f"train.{name}", "must be at least 1")
-    _require(0 <= train.drop_rate < 1, "train.drop_rate", "must be in [0, 1)")
+        require(getattr(train, name) >= 1, f"train.{name}", "must be at least 1")
+    require(0 <= train.drop_rate < 1, "train.drop_rate", "must be in [0, 1)")
     if settings.lora is not None:
         _check_lora(settings.lora)
     if isinstance(settings, Classify) and settings.classes:
         different = len(set(settings.classes)) == len(settings.classes) >= 2
-        _require(different, "classes", "must be at least two different labels")
+        require(different, "classes", "must be at least two different labels")
     if isinstance(settings, Dpo):
-        _require(settings.beta > 0, "beta", "must be positive")
+        require(settings.beta > 0, "beta", "must be positive")
 
 
 def _check_lora(lora: LoraConfig) -> None:
-    _require(lora.rank >= 1, "lora.rank", "must be at least 1")
-    _require(lora.alpha > 0, "lora.alpha", "must be positive")
-    _require(bool(lora.targets), "lora.targets", "names nothing to adapt")
+    require(lora.rank >= 1, "lora.rank", "must be at least 1")
+    require(lora.alpha > 0, "lora.alpha", "must be positive")
+    require(bool(lora.targets), "lora.targets", "names nothing to adapt")
     for target in lora.targets:
-        _require(target in TARGETS, "lora.targets", f"{target!r} is none of {', '.join(TARGETS)}")
-
-
-def _require(condition: bool, key: str, message: str) -> None:
-    if not condition:
-        raise ConfigError(key, message)
+        require(target in TARGETS, "lora.targets", f"{target!r} is none of {', '.join(TARGETS)}")
 
 
 def max_length(data: TuneData, model: ModelConfig) -> int:
     """Tokens of the longest sequence. Raises ConfigError where the model was never trained on as many."""
     length = data.max_length or model.context_length
-    _require(2 <= length <= model.context_length, "data.max_length",
+    require(2 <= length <= model.context_length, "data.max_length",
              f"{length} tokens, but the base model's context is {model.context_length}")  # fmt: skip
     return length
 
