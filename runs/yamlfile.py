@@ -34,7 +34,8 @@ class Problem:
 
     def __str__(self) -> str:
         where = f"{self.file}:{self.line}" if self.line else self.file
-        what = f"{self.key}: {self.message}" if self.key else self.message
+        named = not self.key or self.file == f"--set {self.key}"
+        what = self.message if named else f"{self.key}: {self.message}"
         hint = f" {self.hint}{'' if self.hint.endswith('?') else '.'}" if self.hint else ""
         return f"{where}: {what}.{hint}"
 

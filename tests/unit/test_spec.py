@@ -294,6 +294,7 @@ def test_overrides_reach_lists_sections_and_null_and_the_last_one_wins() -> None
 def test_an_override_that_cannot_be_applied(override: str) -> None:
     problem = only(LOCAL, override)
     assert problem.file.startswith("--set")
+    assert str(problem).count(problem.key) == 1
     assert problem.line is None
 
 
