@@ -109,17 +109,22 @@ def test_other_faults_are_said(tmp_path: Path) -> None:
 def test_a_run_on_a_built_in_set_makes_a_model_that_knows_its_format(tmp_path: Path) -> None:
     from dataclasses import replace
 
-    base = write(tmp_path / "base", replace(MODEL, context_length=512))
+    base = write(tmp_path / "base", replace(MODEL, context_length=272))
     made = examples.prepare(
-        "instruction", ["builtin:instructions"], tmp_path / "data", tokenizer="bytes", vocab_size=256
+        "instruction",
+        ["builtin:instructions"],
+        tmp_path / "data",
+        tokenizer="bytes",
+        vocab_size=256,
+        template="llama2",
     )
-    assert made.counts == {"train": 70, "validation": 24, "instructions-test": 24} and made.longest <= 513
+    assert made.counts == {"train": 70, "validation": 24, "instructions-test": 24} and made.longest <= 273
     config = {"base": str(base), "data": {"train": [str(made.train)], "validation": [str(made.validation)], "test": [str(path) for path in made.tests],
-              "tokenizer": "bytes", "template": "alpaca"},
+              "tokenizer": "bytes", "template": "llama2"},
               "train": {"epochs": 1, "global_batch_size": 35, "microbatch_size": 7, "learning_rate": 3e-3, "precision": "fp32", "device": "cpu"}}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert finetune.main(["--config", str(tmp_path / "config.json"), "--out", str(tmp_path / "out")]) == 0
     opened = open_model(tmp_path / "out" / "checkpoints" / "best")
-    assert opened.tokenizer == "bytes" and chat.template_of(opened).name == "alpaca"
+    assert opened.tokenizer == "bytes" and chat.template_of(opened).name == "llama2"
     results = json.loads((tmp_path / "out" / "evaluations.json").read_text())["test_sets"]
     assert results[0]["examples"] == 24 and 0 < results[0]["loss"] < 5.6
