@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
+from pathlib import Path
 
 import pytest
 
 from tests.cli import Cli, spec
 from tests.plain_trainer import plain_trainer
+from trainer import manifest
 
 pytestmark = pytest.mark.slow
 
@@ -39,8 +41,10 @@ def test_ctrl_c_stops_following_and_says_what_it_costs_then_stop_and_resume(cli:
 
     document = cli.json("stop", run)
     assert (document["state"], document["reason"]) == ("stopped", "user")
-    assert document["checkpoints"][-1]["fetched"], "a stopped run leaves its last full checkpoint here"
-    made = document["checkpoints"][-1]["step"]
+    newest = document["checkpoints"][-1]
+    assert newest["fetched"], "a stopped run leaves its last full checkpoint here"
+    assert manifest.verify(Path(newest["path"])) == []
+    made = newest["step"]
     assert made > 0 and cli.run("status").stderr == ""
 
     told = cli.json("resume", run, "--detach")
@@ -56,3 +60,5 @@ def test_ctrl_c_stops_following_and_says_what_it_costs_then_stop_and_resume(cli:
         if '"kind": "step"' in line
     ]
     assert steps == sorted(set(steps)), "each step once"
+    raw = (cli.home / "runs" / run / "metrics.raw.jsonl").read_text().splitlines()
+    assert [line["step"] for line in map(json.loads, raw) if line["kind"] == "resume"] == [made]

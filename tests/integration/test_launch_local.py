@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -155,24 +154,3 @@ def test_kill_everything_here_then_resume(cli: Cli) -> None:
     assert len(starts) >= 2
     launches = [item for item in cli.show(run)["events"] if item["kind"] == "LaunchIntended"]
     assert len(launches) == 1, "the node lived on: no second one was launched"
-
-
-def test_stop_keeps_the_last_checkpoint_and_resume_goes_on(cli: Cli) -> None:
-    """`stop` writes and brings home a checkpoint, and releases; `resume` continues from it on a new node."""
-    (cli.home / "run.yaml").write_text(plain(cli, train__steps=300, train__validate_every=100))
-    cli.run("launch", "run.yaml", "--detach")
-    run = cli.only()
-    cli.wait(lambda: (cli.row(run)["step"] or 0) > 20)
-    cli.run("stop", run)
-    document = cli.show(run)
-    assert (document["state"], document["reason"]) == ("stopped", "user")
-    newest = max(document["checkpoints"], key=lambda item: item["step"])
-    assert newest["fetched"] and manifest.verify(Path(newest["path"])) == []
-    cli.run("resume", run)
-    finished(cli, run, steps=300)
-    document = cli.show(run)
-    assert document["attempts"][-1]["from_step"] == newest["step"]
-    resumed = [
-        json.loads(line) for line in (cli.home / "runs" / run / "metrics.raw.jsonl").read_text().splitlines()
-    ]
-    assert any(line["kind"] == "resume" and line["step"] == newest["step"] for line in resumed)
