@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TextIO
 
 NONE = "-"
 _ESCAPES = re.compile(
@@ -16,6 +17,12 @@ _ESCAPES = re.compile(
     r"|\x1b[ -/]*[0-~]?"  # all other escapes
 )
 _CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def red(text: str, stream: TextIO) -> str:
+    """`text` in bold red where `stream` is a terminal that wants colours."""
+    plain = not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return text if plain else f"\x1b[1;31m{text}\x1b[0m"
 
 
 def dollars(value: float | None, of: float | None = None) -> str:

@@ -8,10 +8,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from orchestrator.figures import on_stderr
+from orchestrator.figures import on_stderr, red
+from provisioning import console_of
 from runs.lock import driver_lock, held
 from runs.rows import LIVE, billing
 from runs.store import Store, StoreError, default_home, run_dir
+
+
+ALARM = "WARNING: "
 
 
 def show() -> None:
@@ -28,7 +32,8 @@ def show() -> None:
     finally:
         store.close()
     for line in lines(home, rows):
-        sys.stderr.write(on_stderr(line) + "\n")
+        text = on_stderr(line)
+        sys.stderr.write((red(text, sys.stderr) if line.startswith(ALARM) else text) + "\n")
 
 
 def lines(home: Path, rows: Iterable[dict[str, Any]]) -> list[str]:
@@ -52,16 +57,16 @@ def lines(home: Path, rows: Iterable[dict[str, Any]]) -> list[str]:
         said += [_alarm(row, node) for node in row["nodes"] if unconfirmed(row, node, driven=driven)]
         if needs_driver(row) and not driven:
             said.append(
-                f"WARNING: {row['run']} has no driver: nobody watches it. `llmctl resume {row['run']}` starts one"
+                f"{ALARM}{row['run']} has no driver: nobody watches it. `llmctl resume {row['run']}` starts one"
             )
     return said
 
 
 def _alarm(row: dict[str, Any], node: dict[str, Any]) -> str:
     return (
-        f"WARNING: {node['name']} ({node['id'] or 'no id yet'}) was asked to end and MAY STILL BE BILLING"
+        f"{ALARM}{node['name']} ({node['id'] or 'no id yet'}) was asked to end and MAY STILL BE BILLING"
         f" ${node['usd_per_hour']:,.2f}/h: nothing has confirmed that it is gone."
-        f" Try `llmctl stop {row['run']}`, `llmctl reap`, or the provider's console"
+        f" Try `llmctl stop {row['run']}`, `llmctl reap`, or {console_of(row['provider'])}"
     )
 
 

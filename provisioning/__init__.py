@@ -9,11 +9,20 @@ if TYPE_CHECKING:
     from provisioning.base import Home, Provider
 
 _MODULES = {"local": "local", "ssh": "ssh", "lambda": "lambda_cloud", "ec2": "ec2"}
+_CONSOLES = {
+    "lambda": "https://cloud.lambda.ai/instances",
+    "ec2": "https://console.aws.amazon.com/ec2/home#Instances:",
+}
 
 
 def provider_names() -> list[str]:
     """The providers that a spec may name."""
     return list(_MODULES)
+
+
+def console_of(name: str) -> str:
+    """The page on which a person can end a provider's nodes, in words."""
+    return _CONSOLES.get(name, f"the console of {name}")
 
 
 def open_provider(name: str, home: Home, hardware: dict[str, object]) -> Provider:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from pydantic import SecretStr, TypeAdapter, ValidationError
 
+from provisioning import console_of
 from provisioning.base import Ambiguous, CredentialsError, NoCapacity, ProviderError, Refused, Unavailable
 from provisioning.ratelimit import Limiter
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 DEFAULT_BASE_URL = "https://cloud.lambda.ai/api/v1"
 T = TypeVar("T")
-CONSOLE = "https://cloud.lambda.ai/instances"
+CONSOLE = console_of("lambda")
 
 ACCOUNT_CODES = {
     "global/invalid-api-key": "make a key at https://cloud.lambda.ai/api-keys and put it into LAMBDA_API_KEY",

@@ -100,14 +100,15 @@ def orphan(
 ) -> str | None:
     """Why a node should be ended, or None. Pure.
 
-    Of this owner: a node that no live run has and that is not kept on purpose. Of anyone: an llmctl node past its lease.
+    Of this owner: a node that no live run has and that is not kept on purpose, or whose end its run asks for in vain. Of anyone: an
+    llmctl node past its lease.
     With `foreign` also unexpired nodes of other owners. A machine that is not llmctl's is nobody's business.
     """
-    if facts.status in ENDED or (facts.key is None and facts.owner != owner):
+    if facts.status in ENDED or (facts.key is None and facts.owner != owner and node is None):
         return None
     mine = facts.owner == owner or node is not None
     if mine and run is not None and run.live and node is not None and not node.settled:
-        return None
+        return "its end is asked for, and not confirmed" if node.terminate_tries > 1 else None
     if facts.lease_end is not None and now >= facts.lease_end:
         return f"past its lease, which ended {facts.lease_end:%Y-%m-%d %H:%M} UTC"
     if mine:
@@ -115,6 +116,13 @@ def orphan(
             return None
         return "no live run has it"
     return "of another owner" if foreign else None
+
+
+def known(store: Store, facts: NodeFacts) -> NodeRecord | None:
+    """What this store knows of a machine: by its key, or by its id where the provider has lost name and tags."""
+    if facts.key is not None:
+        return store.node(facts.key)
+    return next((node for node in store.nodes(unsettled=True) if node.id == facts.id), None)
 
 
 def find(store: Store, clock: Clock, *, foreign: bool) -> Found:
@@ -127,7 +135,7 @@ def find(store: Store, clock: Clock, *, foreign: bool) -> Found:
                 errors[seen.name] = seen.error
             continue
         for facts in seen.inventory.nodes:
-            node = store.node(facts.key) if facts.key else None
+            node = known(store, facts)
             run = store.record(node.run) if node else None
             why = orphan(facts, store.owner, now, run, node, foreign=foreign)
             if why is not None:
@@ -178,8 +186,8 @@ def _poll(providers: Sequence[Provider]) -> float:
 def _terminate(store: Store, provider: Provider, clock: Clock, item: Orphan) -> bool:
     """Ask for the end of one node; of one that this store knows with intent and answer as events. False, and nobody is
     asked, where a run took it over since it was judged: it answers for it now."""
-    node = store.node(item.facts.key) if item.facts.key else None
-    if node is None or item.facts.key is None:
+    node = known(store, item.facts)
+    if node is None:
         effects.terminate_foreign(provider, item.facts.id)
         return True
     lost = node.id != item.facts.id or node.settled
@@ -200,7 +208,7 @@ def _gone(store: Store, provider: Provider, clock: Clock, item: Orphan) -> bool:
         return False
     if facts is not None and facts.status not in ENDED:
         return False
-    node = store.node(item.facts.key) if item.facts.key else None
+    node = known(store, item.facts)
     if node is not None and node.gone_at is None:
         evidence = "not found" if facts is None else f"reported as {facts.status}"
         store.commit([(e.node_stream(node.key), e.NodeGone(at=clock.now(), evidence=evidence))])

@@ -11,7 +11,7 @@ from orchestrator import exits
 from orchestrator.actions import requests
 from orchestrator.clock import Clock
 from orchestrator.errors import Unverified
-from orchestrator.figures import dollars, size
+from orchestrator.figures import dollars, red, size
 from orchestrator.following import attend
 from orchestrator.progress import bar
 from orchestrator.render import text as render
@@ -46,7 +46,7 @@ def stop(store: Store, run: RunRecord, clock: Clock, *, now: bool, as_json: bool
         if after.outcome is not None:
             render_show.ending(after, utcnow())
         if result == exits.MAY_BILL:
-            sys.stderr.write(render_show.alarm(after) + "\n")
+            sys.stderr.write(red(render_show.alarm(after), sys.stderr) + "\n")
     return result
 
 

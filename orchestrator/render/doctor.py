@@ -6,9 +6,10 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from orchestrator.figures import dollars, sane
+from orchestrator.figures import dollars, red, sane
 from orchestrator.render import text as render
 from orchestrator.render.text import Column
+from provisioning import console_of
 from provisioning.base import Check
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def reaped(done: Found) -> None:
     for item in done.terminated:
         render.line(f"gone: {item.facts.name} ({item.facts.id})", style="green")
     for item in done.unconfirmed:
-        sys.stderr.write(shout(item) + "\n")
+        sys.stderr.write(red(shout(item), sys.stderr) + "\n")
 
 
 def shout(item: Orphan) -> str:
@@ -64,5 +65,5 @@ def shout(item: Orphan) -> str:
     return (
         f"WARNING: {item.facts.name} ({item.facts.id}) at {item.provider} MAY STILL BE BILLING"
         f" {dollars(item.facts.micro_usd_per_hour / 1e6)}/h: its end is not confirmed. Run `llmctl reap` again,"
-        f" or end it in the provider's console"
+        f" or end it at {console_of(item.provider)}"
     )

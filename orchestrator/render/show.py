@@ -12,6 +12,7 @@ from orchestrator.render import text as render
 from orchestrator.render.live import describe
 from orchestrator.render.models import hellaswag
 from orchestrator.render.text import Column
+from provisioning import console_of
 from runs import charges
 from runs.rows import MICRO
 
@@ -285,5 +286,5 @@ def alarm(run: RunRecord) -> str:
     ]
     return (
         f"WARNING: MAY STILL BE BILLING: {', '.join(names)}. The provider does not confirm that it is gone; the driver goes on"
-        f" trying. Look with `llmctl status --refresh`, end it with `llmctl reap`, or in the provider's console"
+        f" trying. Look with `llmctl status --refresh`, end it with `llmctl reap`, or at {console_of(run.provider)}"
     )

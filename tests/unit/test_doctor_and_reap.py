@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.actions import doctor
-from orchestrator.actions.reap import Found, Orphan, orphan
+from orchestrator.actions.reap import Found, Orphan, known, orphan
 from provisioning.base import Check, CredentialsError, Unavailable
 from runs import events as e
 from runs.facts import NodeFacts
@@ -39,13 +39,30 @@ def facts(
 
 def judge(seed: Seed | None, node: NodeFacts, *, foreign: bool = False) -> str | None:
     record = seed.record if seed else None
-    return orphan(node, "me", LATER, record, seed.store.node(seed.key) if seed else None, foreign=foreign)
+    return orphan(node, "me", LATER, record, known(seed.store, node) if seed else None, foreign=foreign)
 
 
 def test_the_node_of_a_live_run_stays_even_past_its_lease(tmp_path: Path) -> None:
     seed = Seed(tmp_path).rented()
     assert judge(seed, facts()) is None
     assert judge(seed, facts(lease=10)) is None
+
+
+def test_a_node_that_came_back_without_name_and_tags_is_known_by_its_id(tmp_path: Path) -> None:
+    seed = Seed(tmp_path).rented()
+    bare = facts(key=None, id=seed.record.nodes[0].id, lease_end=None)
+    assert judge(seed, bare) is None
+    seed.ended("failed", "x")
+    assert judge(seed, bare) == "no live run has it"
+    assert judge(seed, bare.model_copy(update={"owner": None})) == "no live run has it"
+    assert judge(seed, bare.model_copy(update={"owner": None, "id": "somebody-elses"}), foreign=True) is None
+
+
+def test_a_live_runs_node_whose_end_is_asked_for_in_vain_goes(tmp_path: Path) -> None:
+    seed = Seed(tmp_path).rented().tell(e.TerminateIntended(at=at(100), reason="x"))
+    assert judge(seed, facts()) is None, "its driver has only just asked"
+    seed.tell(e.TerminateIntended(at=at(160), reason="x"))
+    assert judge(seed, facts()) == "its end is asked for, and not confirmed"
 
 
 def test_the_node_of_a_run_that_is_over_goes(tmp_path: Path) -> None:

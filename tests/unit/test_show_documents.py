@@ -8,6 +8,7 @@ import pytest
 
 from orchestrator import footer
 from orchestrator.actions import show
+from provisioning import console_of
 from runs import events as e
 from tests.seeds import Seed, at
 
@@ -106,7 +107,8 @@ def test_the_footer_shouts_for_an_end_that_nobody_confirmed_until_it_is(tmp_path
         .tell(e.TerminateIntended(at=at(260), reason="x"))
         .ended("failed", "x")
     )
-    assert any("MAY STILL BE BILLING" in text for text in footer.lines(tmp_path, seed.store.concerning()))
+    (said,) = [text for text in footer.lines(tmp_path, seed.store.concerning()) if "MAY STILL BE" in text]
+    assert str(seed.record.nodes[0].id) in said and console_of("local") in said
     seed.tell(e.NodeGone(at=at(300), evidence="not found"))
     assert footer.lines(tmp_path, seed.store.concerning()) == []
 
