@@ -14,7 +14,6 @@ from runs.lock import driver_lock, held
 from runs.rows import LIVE, billing
 from runs.store import Store, StoreError, default_home, run_dir
 
-
 ALARM = "WARNING: "
 
 

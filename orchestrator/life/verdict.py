@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
@@ -17,7 +18,8 @@ MAX_ABANDONED = 3
 OFFERS_PATIENCE = timedelta(minutes=5)
 """How long a provider may fail to say what it has before a launch that does not wait is given up."""
 
-_TRY_ANOTHER = frozenset({"no-capacity", "launch-lost", "preflight", "boot-timeout", "prepare-failed"})
+_NOT_AS_RENTED = frozenset({"preflight", "boot-timeout", "prepare-failed"})
+_TRY_ANOTHER = frozenset({"no-capacity", "launch-lost"}) | _NOT_AS_RENTED
 _REPLACE = frozenset({"node-lost", "trainer-interrupted", "trainer-lost"})
 
 
@@ -62,7 +64,7 @@ def _verdict(run: RunRecord, now: datetime) -> w.EndRun | None:
 
 def _spoiled(since: Sequence[AttemptRecord]) -> bool:
     """Too many nodes that were not what was rented, or too many lost launches."""
-    bad = sum(item.end_reason in {"preflight", "boot-timeout", "prepare-failed"} for item in since)
+    bad = sum(item.end_reason in _NOT_AS_RENTED for item in since)
     return (
         bad >= MAX_NODES_A_LAUNCH or sum(item.end_reason == "launch-lost" for item in since) >= MAX_ABANDONED
     )
@@ -101,16 +103,29 @@ def _next_offer(run: RunRecord, world: w.World, now: datetime) -> w.Effect | w.W
     if world.offers_at is None or (now - world.offers_at).total_seconds() >= poll:
         return w.AskOffers()
     refused = {(item.instance_type, item.region): item.at for item in run.refusals}
+    free = []
     for offer in world.offers or ():
         at = refused.get((offer.instance_type, offer.region))
         if offer.available and (at is None or (now - at).total_seconds() >= poll):
-            return _begin(run, offer)
+            free.append(offer)
+    if free:
+        return _begin(run, _least_disappointing(run, free))
     silent = world.offers is None
     patience = max(run.wait_seconds, OFFERS_PATIENCE.total_seconds() if silent else 0.0)
     if waited >= patience:
         return w.EndRun("failed", "the provider does not say what it has" if silent else "no-capacity")
     age = (now - world.offers_at).total_seconds()
     return w.Wait(max(1.0, min(poll - age, patience - waited)), "waiting for capacity")
+
+
+def _least_disappointing(run: RunRecord, free: Sequence[Offer]) -> Offer:
+    """The first offer, but where a node of the same was not what was rented, or was taken away, the next one's turn has come."""
+    bad = Counter(
+        (item.offer.instance_type, item.offer.region)
+        for item in run.recent_attempts
+        if item.end_reason in _NOT_AS_RENTED | {"trainer-interrupted"}
+    )
+    return min(free, key=lambda offer: bad[offer.instance_type, offer.region])
 
 
 def _begin(run: RunRecord, offer: Offer) -> w.BeginAttempt:

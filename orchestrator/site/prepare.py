@@ -113,7 +113,7 @@ def prepare(
     """All lanes of one node. `done(name, lane)` is called as each completes, `ready` among them as soon as training can
     start; returns when all data is there. `group`: the nodes of the attempt, where there are several. `found`: what an
     earlier run found out (`findings`). Raises PreflightError, PrepareError, RemoteError, TransferError, TimeoutError."""
-    preflight(run, node)
+    preflight(remote, run, node, plan.data)
     first = group is None or node.key == group.keys[0]
     if run.attempt is not None and run.attempt.number > 1 and run.attempt.token is None:
         kill([remote], run.run)  # what an earlier attempt left on a machine of the user's own
@@ -180,19 +180,29 @@ class _Progress:
 # ---------------------------------------------------------------- preflight
 
 
-def preflight(run: RunRecord, node: NodeRecord) -> None:
-    """What the login's probe tells against what was rented. Raises PreflightError; the CPU is never a silent fallback."""
-    free = node.facts.get("disk_free_bytes")
-    need = disk_bytes(run)
-    if free is not None and free < need:
+def preflight(remote: Remote, run: RunRecord, node: NodeRecord, data: sources.DataPlan) -> None:
+    """Disk and GPUs against what is needed and was rented. Raises PreflightError; the CPU is never a silent fallback."""
+    seen = json.loads(remote.run(["python3", "-c", _ROOM, bare(DATA)]).text)
+    missing = sum(item.bytes or 0 for item in data.shards if item.node_name not in set(seen["there"]))
+    need = disk_bytes(run) + missing
+    if seen["free"] < need:
         raise PreflightError(
-            f"{free / 2**30:.1f} GiB of disk are free, {need / 2**30:.1f} GiB are needed for checkpoints"
+            f"{seen['free'] / 2**30:.1f} GiB of disk are free, {need / 2**30:.1f} GiB are needed for checkpoints and shards"
         )
     if run.spec["train"]["device"] == "cpu":
         return
     problem = environment.gpu_problem(node.facts.get("gpus"), node.offer)
     if problem is not None:
         raise PreflightError(problem)
+
+
+_ROOM = """
+import json, os, shutil, sys
+data = sys.argv[1]
+found = [os.path.relpath(os.path.join(folder, name), data) for folder, _, names in os.walk(data) for name in names]
+print(json.dumps({"free": shutil.disk_usage(".").free, "there": found}))
+"""
+"""Free bytes, and the shards that are there already."""
 
 
 def disk_bytes(run: RunRecord) -> int:

@@ -451,6 +451,22 @@ def test_three_bad_nodes_end_a_launch(reason: str) -> None:
     assert (answer.outcome, answer.reason) == ("failed", reason)
 
 
+@pytest.mark.parametrize("reason", ["preflight", "boot-timeout", "prepare-failed", "trainer-interrupted"])
+def test_after_a_bad_node_the_next_offer_is_tried_and_the_first_again_where_there_is_no_other(
+    reason: str,
+) -> None:
+    story, chosen = Story(), []
+    for number in (1, 2, 3):
+        answer = story.decide(offers(story, OFFER, OTHER))
+        assert isinstance(answer, w.BeginAttempt)
+        chosen.append(answer.offer)
+        story.begun(number, offer=answer.offer).attempt_ended(reason, number)
+        if number == 2:
+            assert isinstance(again := story.decide(offers(story, OFFER)), w.BeginAttempt)
+            assert again.offer == OFFER
+    assert chosen == [OFFER, OTHER, OFFER]
+
+
 # ---------------------------------------------------------------- the stages
 
 
