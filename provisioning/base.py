@@ -89,6 +89,8 @@ class Traits:
     """The node ends itself when its lease ends, without this machine."""
     host_key: str = "injected"
     """Where the spec does not say: `injected` (made here and pinned before the node exists) or `accept-new`."""
+    price_moves: bool = False
+    """What a living node costs an hour may change, and the last figure holds for its whole life; else the one of its start does."""
     audited: bool = False
     """The provider keeps a log that may say when a node began and ended: it is `Audited`."""
     own_login: bool = False

@@ -31,7 +31,7 @@ from provisioning.base import (
     texts,
     utc,
 )
-from runs.facts import Inventory, Marker, NodeFacts, NodeStatus, Offer, key_of
+from runs.facts import ENDED, Inventory, Marker, NodeFacts, NodeStatus, Offer, key_of
 
 _STATUSES: dict[str, NodeStatus] = {
     "pending": "booting",
@@ -67,6 +67,8 @@ class Ec2:
         self._known_regions: list[str] | None = None
         self._places: dict[str, str] = {}
         """Node id → region, of those that were seen."""
+        self._means: dict[str, int] = {}
+        """Spot node id → the mean price of its life so far, in micro-dollars an hour."""
         self._lock = threading.Lock()
         self._address: tuple[float, list[str]] | None = None
         self.traits = Traits(
@@ -79,6 +81,7 @@ class Ec2:
             retry_seconds=5 * pace,
             unreachable_seconds=1200 * pace,
             lease_on_node=True,
+            price_moves=True,
         )
 
     # ------------------------------------------------------------ renting
@@ -174,14 +177,22 @@ class Ec2:
         if node.key is None or ec2_launch.PRICE_TAG not in tags:
             return node
         price = _number(tags.get(ec2_launch.PRICE_TAG))
-        if raw.get("InstanceLifecycle") == "spot" and node.status in {"active", "terminating"}:
-            # The mean over its life, so that dollars are those of each hour's price. Its absence leaves the price of the launch.
-            with suppress(ProviderError):
-                mean = ec2_market.spot_mean(
-                    self._aws, node.instance_type, node.region, raw["LaunchTime"], datetime.now(UTC)
-                )
-                price = mean + _number(tags.get(ec2_launch.VOLUME_TAG)) if mean is not None else price
+        if raw.get("InstanceLifecycle") == "spot":
+            mean = self._spot_mean(node, raw["LaunchTime"])
+            price = mean + _number(tags.get(ec2_launch.VOLUME_TAG)) if mean is not None else price
         return node.model_copy(update={"micro_usd_per_hour": price})
+
+    def _spot_mean(self, node: NodeFacts, launched: datetime) -> int | None:
+        """The mean spot price over a node's life, so that dollars are those of each hour's price; of one that is over, the last one
+        seen while it lived. None: not known, and the price of the launch stands."""
+        if node.status == "booting" or (node.status in ENDED and node.id in self._means):
+            return self._means.get(node.id)
+        with suppress(ProviderError):
+            kind, zone = node.instance_type, node.region
+            mean = ec2_market.spot_mean(self._aws, kind, zone, launched, datetime.now(UTC))
+            if mean is not None:
+                self._means[node.id] = mean
+        return self._means.get(node.id)
 
     # ------------------------------------------------------------ ending
 

@@ -248,7 +248,7 @@ def body(
                 "DeleteOnTermination": True,
             }
         ],
-        "BlockDeviceMappings": [_volume(offer, found_image)],
+        "BlockDeviceMappings": _volumes(offer, found_image),
         "InstanceInitiatedShutdownBehavior": "terminate",
         # The node reads its own lease there; tokens only, and no further hop, so that nothing it runs in a container asks.
         "MetadataOptions": {
@@ -274,12 +274,23 @@ def body(
     return made
 
 
-def _volume(offer: Offer, found_image: Mapping[str, Any]) -> dict[str, Any]:
+def _volumes(offer: Offer, found_image: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The root, sized from the spec, and whatever else the image brings: each goes with its instance."""
     root = str(found_image.get("RootDeviceName") or "/dev/sda1")
-    mappings = [item for item in found_image.get("BlockDeviceMappings", []) if item.get("DeviceName") == root]
-    least = max((int(item.get("Ebs", {}).get("VolumeSize") or 0) for item in mappings), default=0)
+    mappings = [item for item in found_image.get("BlockDeviceMappings", []) if "Ebs" in item]
+    least = max(
+        (int(item["Ebs"].get("VolumeSize") or 0) for item in mappings if item.get("DeviceName") == root),
+        default=0,
+    )
     size = max(int(offer.options.get("volume_gib", "0")), least)
-    return {"DeviceName": root, "Ebs": {"VolumeSize": size, "VolumeType": "gp3", "DeleteOnTermination": True}}
+    others = [str(item["DeviceName"]) for item in mappings if item.get("DeviceName") != root]
+    return [
+        {
+            "DeviceName": root,
+            "Ebs": {"VolumeSize": size, "VolumeType": "gp3", "DeleteOnTermination": True},
+        },
+        *({"DeviceName": name, "Ebs": {"DeleteOnTermination": True}} for name in others),
+    ]
 
 
 def redacted(made: Mapping[str, Any]) -> dict[str, Any]:

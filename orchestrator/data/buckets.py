@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from orchestrator.errors import Invalid
 from trainer.config import TestSet, TrainerConfig
 
 if TYPE_CHECKING:
@@ -26,3 +27,20 @@ def objects_for(config: TrainerConfig) -> S3 | None:
     from provisioning.objects import S3
 
     return S3()
+
+
+def check_push(config: TrainerConfig) -> None:
+    """Write and delete an object where checkpoints are to go, so that a name or a permission that is wrong is met while it costs
+    nothing. Raises Invalid, ProviderError."""
+    place = config.checkpoint.push
+    store = objects_for(config)
+    if not place or store is None:
+        return
+    from provisioning.base import Refused
+
+    probe = f"{place.rstrip('/')}/.llmctl-probe"
+    try:
+        store.write(probe, b"")
+        store.delete(probe)
+    except Refused as error:
+        raise Invalid(f"checkpoint.push: {error}", error.hint) from None

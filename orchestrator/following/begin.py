@@ -90,9 +90,11 @@ def state_of(store: Store, run: str) -> str:
 
 
 def resolve(home: Path, spec: RunSpec) -> DataPlan:
-    """The files that the run reads; built-in and text sources are tokenised now. Raises DataError."""
-    from orchestrator.data import needed
+    """The files that the run reads; built-in and text sources are tokenised now. Raises DataError, and Invalid or ProviderError
+    where its checkpoints could not be pushed."""
+    from orchestrator.data import buckets, needed
 
+    buckets.check_push(spec.trainer_config())
     with bar() as progress:
         return needed.files(spec, home / "cache", progress=progress)
 

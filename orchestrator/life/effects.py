@@ -111,10 +111,11 @@ class Hands:
         if facts is None or node.gone_at is not None:
             return None
         known, now = (node.status, node.ip, node.port), self.clock.now()
+        price = self._price(node, facts)
         same = (facts.status, facts.ip or node.ip, facts.port if facts.ip else node.port) == known
         noted = node.observed_at or node.intended_at
         boots_still = facts.status == "booting" and now - noted >= BOOTING_NOTED
-        if same and not boots_still:
+        if same and not boots_still and not price:
             return None
         return e.node_stream(node.key), e.NodeObserved(
             at=now,
@@ -123,7 +124,7 @@ class Hands:
             port=facts.port,
             user=facts.user,
             private_ip=facts.private_ip,
-            micro_usd_per_hour=facts.micro_usd_per_hour or None,
+            micro_usd_per_hour=price,
             not_before=max(node.intended_at, before) if before else None,
         )
 
@@ -134,6 +135,13 @@ class Hands:
             told.append(datetime.fromtimestamp(run.intervals[-1][2], UTC))
         now = self.clock.now()
         return e.NodeGone(at=now, evidence=evidence, seen_at=min(now, max(told)) if told else None)
+
+    def _price(self, node: NodeRecord, facts: NodeFacts) -> int | None:
+        """What a node costs an hour, where that is news: the figure of its start, or one that has moved by a hundredth."""
+        seen, known = facts.micro_usd_per_hour, node.micro_usd_per_hour
+        if not seen or known is None:
+            return seen or None
+        return seen if self.provider.traits.price_moves and abs(seen - known) * 100 >= known else None
 
     @perform.register
     def _(self, effect: w.Confirm, run: RunRecord) -> None:
@@ -152,6 +160,8 @@ class Hands:
             if not (young and node.status is None):
                 self._note(node, (stream, self._gone(node, run, "not found")))
         elif facts.status in ENDED:
+            if self._price(node, facts) and (last := self._observed(node, facts, None)):
+                self._note(node, last)
             self._note(node, (stream, self._gone(node, run, f"reported as {facts.status}")))
         else:
             self.sight.absent[effect.key], self.sight.seen_at[effect.key] = (), now

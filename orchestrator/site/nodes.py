@@ -66,7 +66,7 @@ class NodeSite:
         """Since when some supervisors of the attempt have ended and others have not."""
         self._puller = collect.Puller(self.directory, clock, wake, self._gone)
         self._findings = findings.Keeper(home, clock)
-        self._renewer = pushed.Renewer(plan.objects, clock)
+        self._renewer = pushed.Renewer(plan.objects, clock, self._push_failed)
 
     # ------------------------------------------------------------ Site
 
@@ -202,8 +202,8 @@ class NodeSite:
             found = collect.evaluations(watch.remote, watch.directory, run, self._clock, self._plan.decode)
             with self._lock:
                 self._news += found
-            if self._plan.objects is not None:
-                pushed.settle(watch.remote, run, self._clock)
+            if self._plan.objects is not None and not pushed.settle(watch.remote, run, self._clock):
+                self._push_failed("the last checkpoint did not reach S3")
 
         self._start_job("collect", work)
 
@@ -396,6 +396,10 @@ class NodeSite:
     def _gone(self, item: CheckpointRecord) -> None:
         gone = e.CheckpointGone(at=self._clock.now(), step=item.step, sha256=item.sha256)
         self._add(e.run_stream(self.run), gone)
+
+    def _push_failed(self, reason: str) -> None:
+        """The run goes on without: what S3 has not comes home from the node."""
+        self._add(e.run_stream(self.run), e.JobFailed(at=self._clock.now(), job="push", reason=reason))
 
     def _add(self, stream: str, event: e.RunEvent | e.NodeEvent) -> None:
         with self._lock:

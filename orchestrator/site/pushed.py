@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -33,8 +33,11 @@ from trainer.flops import parameters
 PART_BYTES = 256 * 2**20
 SPARE_SECONDS = 3600
 """How long addresses outlive the lease: for clocks, and for the last upload."""
-RENEW_SECONDS = 1800.0
-"""Addresses die with the session that signed them, so a living driver signs them anew this often."""
+RENEW_SECONDS = 600.0
+"""Addresses die with the session that signed them, so a living driver signs them anew this often: boto3 takes a new session ten minutes
+before the old one ends."""
+LOOK_SECONDS = 30.0
+"""How often the uploader is asked how it does."""
 STUCK_SECONDS = 60.0
 SETTLE_SECONDS = 600.0
 """How long a finished run's node is kept for its last upload."""
@@ -142,10 +145,7 @@ def settle(remote: Remote, run: RunRecord, clock: Clock) -> bool:
         return True
     began, stuck, never = clock.monotonic(), clock.monotonic(), threading.Event()
     while clock.monotonic() - began < SETTLE_SECONDS and clock.monotonic() - stuck < STUCK_SECONDS:
-        try:
-            status = json.loads(remote.read(f"~/llmctl/runs/{run.run}/push-status.json"))
-        except (NoSuchFile, ValueError):
-            status = {}
+        status = _status(remote, run)
         if status.get("state") == "done":
             return True
         if status.get("state") == "uploading":
@@ -154,12 +154,32 @@ def settle(remote: Remote, run: RunRecord, clock: Clock) -> bool:
     return False
 
 
-class Renewer:
-    """Keeps the uploader of a run's first node alive and its addresses fresh, beside everything else; a failure is tried again."""
+def _status(remote: Remote, run: RunRecord) -> dict[str, Any]:
+    """What the uploader said last; {} before that. Raises RemoteError."""
+    try:
+        status = json.loads(remote.read(f"~/llmctl/runs/{run.run}/push-status.json"))
+    except (NoSuchFile, ValueError):
+        return {}
+    return status if isinstance(status, dict) else {}
 
-    def __init__(self, store: S3 | None, clock: Clock) -> None:
-        self._store, self._clock = store, clock
+
+def complaint(status: Mapping[str, Any]) -> str:
+    """Why checkpoints do not reach S3 at the moment; "" where they do."""
+    return (
+        str(status.get("detail") or status["state"]) if status.get("state") in {"failing", "expired"} else ""
+    )
+
+
+class Renewer:
+    """Keeps the uploader of a run's first node alive and its addresses fresh, beside everything else; a failure is tried again, and
+    told once."""
+
+    def __init__(self, store: S3 | None, clock: Clock, tell: Callable[[str], None]) -> None:
+        self._store, self._clock, self._tell = store, clock, tell
         self._due: dict[str, float] = {}
+        """Token → when its addresses are signed anew."""
+        self._look_at = 0.0
+        self._told = ""
         self._thread: threading.Thread | None = None
 
     def renew(self, run: RunRecord, watch: Watch | None) -> None:
@@ -173,21 +193,27 @@ class Renewer:
             or attempt.trainer_end is not None
         ):
             return
-        if (
-            prefix(run) is None
-            or now < self._due.get(attempt.token, 0.0)
-            or (self._thread and self._thread.is_alive())
-        ):
+        if prefix(run) is None or (self._thread and self._thread.is_alive()):
             return
-        self._due[attempt.token] = now + 30.0
+        if attempt.token in self._due and now < self._look_at:
+            return
+        self._look_at = now + LOOK_SECONDS
         until, token, remote = terms.deadline(run), attempt.token, watch.remote
 
         def work() -> None:
             try:
-                start(remote, run, store, until, self._clock.now())
-            except (RemoteError, ProviderError, OSError):
-                return
-            self._due[token] = now + RENEW_SECONDS
+                status = _status(remote, run)
+                if now >= self._due.setdefault(token, 0.0) or status.get("state") == "expired":
+                    start(remote, run, store, until, self._clock.now())
+                    self._due[token] = now + RENEW_SECONDS
+                problem = complaint(status)
+            except RemoteError:
+                return  # the link is at fault, and others tell of that
+            except (ProviderError, OSError) as error:
+                problem = str(error)
+            if problem and problem != self._told:
+                self._tell(f"checkpoints do not reach S3: {problem}")
+            self._told = problem
 
         self._thread = threading.Thread(target=work, name="push addresses", daemon=True)
         self._thread.start()

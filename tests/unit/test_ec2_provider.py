@@ -242,11 +242,27 @@ def test_spot_is_one_time_capped_and_priced_by_its_hours(aws: AwsServer, tmp_pat
     assert told["InstanceMarketOptions.SpotOptions.SpotInstanceType"] == "one-time"
     assert float(told["InstanceMarketOptions.SpotOptions.MaxPrice"]) == pytest.approx(0.6 - 0.016438)
     aws.spot = {"us-east-1b": 0.5}
-    node = ec2.open(provider._home, {**HARDWARE}).find(node_id)
-    assert node is not None
+    node = provider.find(node_id)
+    assert node is not None and node.micro_usd_per_hour == 516_438
+    aws.spot = {"us-east-1b": 0.9}
     aws.kill(node_id, "Server.SpotInstanceTermination")
     ended = provider.find(node_id)
     assert ended is not None and ended.status == "preempted"
+    assert ended.micro_usd_per_hour == 516_438, "what an hour costs after its end is nothing to it"
+
+
+def test_every_volume_that_an_image_brings_goes_with_the_instance() -> None:
+    image = {
+        "RootDeviceName": "/dev/sda1",
+        "BlockDeviceMappings": [
+            {"DeviceName": "/dev/sda1", "Ebs": {"VolumeSize": 900, "DeleteOnTermination": True}},
+            {"DeviceName": "/dev/sdf", "Ebs": {"VolumeSize": 500, "DeleteOnTermination": False}},
+            {"DeviceName": "/dev/sdb", "VirtualName": "ephemeral0"},
+        ],
+    }
+    root, other = ec2_launch._volumes(OFFER, image)
+    assert root["Ebs"] == {"VolumeSize": 900, "VolumeType": "gp3", "DeleteOnTermination": True}
+    assert other == {"DeviceName": "/dev/sdf", "Ebs": {"DeleteOnTermination": True}}
 
 
 def test_prices_come_from_the_dated_table_where_the_list_may_not_be_asked(

@@ -247,6 +247,28 @@ def test_looking_notes_what_changed_and_what_is_missing(tmp_path: Path) -> None:
     assert bench.hands.sight.complaint == "down"
 
 
+@pytest.mark.parametrize(("moves", "billed"), [(False, 1_000_000), (True, 1_500_000)])
+def test_the_price_of_the_start_holds_unless_the_provider_says_that_prices_move(
+    tmp_path: Path, moves: bool, billed: int
+) -> None:
+    story = Story().begun().launched()
+    bench = Bench(tmp_path, story)
+    bench.provider.traits = Traits(price_moves=moves)
+
+    def look(price: int, status: str = "active") -> int:
+        node = story.facts(status).model_copy(update={"micro_usd_per_hour": price})  # type: ignore[arg-type]
+        bench.provider.nodes = [node]
+        bench.do(w.Look("x"))
+        return len(bench.store.events(e.node_stream(KEY)))
+
+    first = look(1_000_000)
+    assert look(1_009_000) == first, "less than a hundredth is no news"
+    assert look(1_400_000) == first + moves
+    bench.provider.nodes = [story.facts("preempted").model_copy(update={"micro_usd_per_hour": 1_500_000})]
+    bench.do(w.Confirm(KEY))
+    assert bench.node.gone_at is not None and bench.node.micro_usd_per_hour == billed
+
+
 def test_that_a_node_still_boots_is_noted_now_and_then(tmp_path: Path) -> None:
     bench = Bench(tmp_path, Story().begun().launched())
     bench.provider.nodes = [NodeFacts(id="i-10", name="", key=KEY, status="booting", provider="sim")]

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,17 +21,19 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
+from orchestrator.data import buckets, sources
 from orchestrator.data import prepare as data
 from orchestrator.data import push as data_push
-from orchestrator.data import sources
 from orchestrator.data.errors import DataError
+from orchestrator.errors import Invalid
 from orchestrator.site import collect, pushed
+from provisioning import objects
 from provisioning.base import CredentialsError, InvalidHardware, Refused
 from provisioning.objects import S3, etag_of
 from tests.aws_server import AwsServer, aws, aws_factory  # noqa: F401
 from trainer import manifest, push
 from trainer import pull as ranges
-from trainer.config import DataConfig
+from trainer.config import CheckpointConfig, DataConfig, ModelConfig, TrainConfig, TrainerConfig
 
 PART = 5 * 2**20
 """The least that S3 takes as a part."""
@@ -97,6 +100,50 @@ def test_an_upload_that_broke_goes_on_with_the_parts_that_are_missing(
     assert sum(told) == len(body) and store.read("s3://bucket/shard") == body
     (found,) = store.list("s3://bucket/shard")
     assert found.etag == etag_of(tmp_path / "shard", PART)
+
+
+def test_the_shipped_policy_allows_what_is_asked_of_a_bucket_and_no_more(
+    aws: AwsServer, store: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actions = {
+        "head_bucket": "ListBucket", "list_objects_v2": "ListBucket", "get_object": "GetObject", "put_object": "PutObject",
+        "delete_object": "DeleteObject", "create_multipart_upload": "PutObject", "upload_part": "PutObject",
+        "complete_multipart_upload": "PutObject", "list_multipart_uploads": "ListBucketMultipartUploads",
+        "list_parts": "ListMultipartUploadParts",
+    }  # fmt: skip
+    asked: set[str] = set()
+    told = S3._told
+    monkeypatch.setattr(S3, "_told", staticmethod(lambda client, operation, parameters: (
+        asked.add(f"s3:{actions[operation]}") or told(client, operation, parameters))))  # fmt: skip
+    (tmp_path / "shard").write_bytes(os.urandom(PART + 1000))
+    for times in (1, 0):
+        aws.fault("s3 PUT /bucket/shard", "refuse", times=times, code="AccessDenied", status=403)
+        with pytest.raises(CredentialsError) if times else nullcontext():
+            store.put(tmp_path / "shard", "s3://bucket/shard", part_bytes=PART)
+    store.write("s3://bucket/x", store.read("s3://bucket/shard"))
+    store.list("s3://bucket/")
+    store.delete("s3://bucket/x")
+    policy = json.loads((Path(objects.__file__).parent / "iam-policy.json").read_text())
+    (statement,) = [item for item in policy["Statement"] if item["Sid"] == "LlmctlObjects"]
+    assert set(statement["Action"]) == asked
+
+
+def test_checkpoints_that_could_not_be_written_are_refused_before_anything_is_rented(
+    aws: AwsServer, store: S3
+) -> None:
+    def check(place: str | None) -> None:
+        train = TrainConfig(global_batch_size=1, steps=1)
+        config = TrainerConfig(DataConfig(["x.bin"]), ModelConfig(), train, CheckpointConfig(push=place))
+        buckets.check_push(config)
+
+    check(None)
+    check("s3://bucket/ckpt")
+    assert store.list("s3://bucket/") == []
+    with pytest.raises(Invalid, match="NoSuchBucket"):
+        check("s3://no-such-bucket/ckpt")
+    aws.fault("s3 PUT /bucket/ckpt", "refuse", code="AccessDenied", status=403)
+    with pytest.raises(CredentialsError, match="AccessDenied"):
+        check("s3://bucket/ckpt/")
 
 
 @pytest.mark.parametrize("kind", ["truncate", "corrupt"])
@@ -345,3 +392,58 @@ def test_the_addresses_are_for_the_runs_own_slots_and_die_with_the_lease(store: 
     for url in urls:
         assert urlsplit(url).path.startswith("/bucket/ckpt/tiny-abcd/slot-")
         assert parse_qs(urlsplit(url).query)["X-Amz-Expires"] == [str(3 * 3600)]
+
+
+class Uploading:
+    """A node whose uploader says `status`, and the clock of the driver beside it."""
+
+    def __init__(self) -> None:
+        self.status: dict[str, Any] = {}
+        self.at, self.plans, self.started = 0.0, 0, 0
+        self.remote = self
+
+    def now(self) -> datetime:
+        return NOW + timedelta(seconds=self.at)
+
+    def monotonic(self) -> float:
+        return self.at
+
+    def read(self, path: str) -> bytes:
+        assert path.endswith("push-status.json")
+        return json.dumps(self.status).encode()
+
+    def write(self, path: str, data: bytes, mode: int) -> None:
+        self.plans += path.endswith("push.json")
+
+    def detach(self, argv: list[str], **_: object) -> None:
+        self.started += 1
+
+
+def test_addresses_are_signed_anew_in_time_and_at_once_where_they_died_and_a_failure_is_told_once(
+    aws: AwsServer, store: S3
+) -> None:
+    record, node, told = a_run(), Uploading(), list[str]()
+    record.attempt = SimpleNamespace(token="t", trainer_end=None)
+    record.recent_attempts = (SimpleNamespace(started_at=NOW, keys=("k",)),)
+    record.max_seconds = 7200.0
+    renewer = pushed.Renewer(store, node, told.append)  # type: ignore[arg-type]
+
+    def after(seconds: float, **status: str) -> int:
+        node.at, node.status = node.at + seconds, dict(status)
+        renewer.renew(record, node)  # type: ignore[arg-type]
+        if renewer._thread is not None:
+            renewer._thread.join()
+        return node.plans
+
+    assert after(0) == 1 and node.started == 1
+    assert after(pushed.LOOK_SECONDS, state="uploading") == 1
+    assert after(pushed.LOOK_SECONDS, state="expired", detail="PUT /x: HTTP 403") == 2
+    assert after(pushed.LOOK_SECONDS, state="failing", detail="PUT /x: HTTP 500") == 2
+    assert after(pushed.LOOK_SECONDS, state="failing", detail="PUT /x: HTTP 500") == 2
+    assert after(pushed.LOOK_SECONDS, state="idle") == 2
+    assert after(pushed.RENEW_SECONDS, state="idle") == 3
+    aws.fault("s3 GET /bucket", "refuse", code="AccessDenied", status=403)
+    after(pushed.RENEW_SECONDS, state="idle")
+    assert [text.partition(": ")[2][:20] for text in told] == [
+        "PUT /x: HTTP 403", "PUT /x: HTTP 500", "list_objects_v2 s3:/",
+    ]  # fmt: skip
