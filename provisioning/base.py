@@ -89,6 +89,12 @@ class Traits:
     """The node ends itself when its lease ends, without this machine."""
     host_key: str = "injected"
     """Where the spec does not say: `injected` (made here and pinned before the node exists) or `accept-new`."""
+    tells_capacity: bool = False
+    """Offers say what is free at the moment, of everything that there is, in one exchange."""
+    cache: str | None = None
+    """A folder on the node that outlives it: shards and environments are kept there."""
+    risk: str = ""
+    """What something that the spec switches on risks, for the plan to say."""
     price_moves: bool = False
     """What a living node costs an hour may change, and the last figure holds for its whole life; else the one of its start does."""
     audited: bool = False

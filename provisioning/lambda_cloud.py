@@ -8,6 +8,7 @@ them may fail to come back, so the inventory reads whichever it finds.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ from provisioning.base import (
     Unavailable,
     utc,
 )
-from provisioning.cloudinit import LARGEST_BYTES, SelfTerminate, user_data
+from provisioning.cloudinit import LARGEST_BYTES, RISK, SelfTerminate, user_data
 from provisioning.lambda_api import CONSOLE, GONE_CODES, LambdaApi, base_url, find_credentials, redacted
 from provisioning.lambda_models import AuditEvent, AuditLog, Filesystem, Instance, SSHKey, node_facts
 from provisioning.ratelimit import Limiter, Rates, SharedReading
@@ -43,6 +44,8 @@ _NODES = TypeAdapter(list[NodeFacts])
 _OVER = frozenset({"terminating", "terminated", "preempted"})
 AUDIT_SECONDS = 10.0
 """How old a reading of the audit log may be: its events are minutes late themselves."""
+MOUNTS = "/lambda/nfs"
+"""Where a filesystem is on the node, by its name (the API document, `mount_point`)."""
 _IMAGE_ID = re.compile(r"[0-9a-f]{32}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -56,12 +59,15 @@ def open(home: Home, hardware: dict[str, object]) -> LambdaCloud:  # noqa: A001 
     secret = credentials.key.get_secret_value() if credentials else ""
     directory = _state_directory(home, hashlib.sha256(f"{url} {secret}".encode()).hexdigest()[:16])
     limiter = Limiter(directory / "turns.json", Rates().scaled(pace), sleep=home.sleep)
-    instances = SharedReading(directory / "instances.json", 5.0 * pace, sleep=home.sleep)
+    instances, types = (
+        SharedReading(directory / name, 5.0 * pace, sleep=home.sleep)
+        for name in ("instances.json", "types.json")
+    )
     audit = SharedReading(
         directory / "audit.json", AUDIT_SECONDS * pace, patience_seconds=60.0, sleep=home.sleep
     )
     api = LambdaApi(credentials, url, limiter, pace=pace)
-    return LambdaCloud(home, hardware, api, instances, audit, pace=pace)
+    return LambdaCloud(home, hardware, api, instances, types, audit, pace=pace)
 
 
 def _state_directory(home: Home, account: str) -> Path:
@@ -94,6 +100,7 @@ class LambdaCloud:
         hardware: dict[str, object],
         api: LambdaApi,
         shared: SharedReading,
+        types: SharedReading,
         audit: SharedReading,
         *,
         pace: float = 1.0,
@@ -101,8 +108,7 @@ class LambdaCloud:
         self._home = home
         self._hardware = hardware
         self._api = api
-        self._shared = shared
-        self._audit = audit
+        self._shared, self._types, self._audit = shared, types, audit
         self.traits = Traits(
             looks=3,
             look_seconds=60 * pace,
@@ -115,12 +121,23 @@ class LambdaCloud:
             unreachable_seconds=1200 * pace,
             lease_on_node=bool(hardware.get("self_terminate")),
             audited=True,
+            tells_capacity=True,
+            cache=f"{MOUNTS}/{hardware['filesystem']}/llmctl" if hardware.get("filesystem") else None,
+            risk=RISK if hardware.get("self_terminate") else "",
         )
 
     def offers(self, hardware: dict[str, object]) -> list[Offer]:
-        """See Provider. An empty map of types is not believed: Lambda always lists what it sells, sold out or not."""
+        """See Provider. One reading, at most five seconds old, serves all. An empty map of types is not believed: Lambda always lists
+        what it sells, sold out or not."""
+
+        def fetch() -> tuple[float, str]:
+            answer = self._api.read("GET", "/instance-types")
+            return answer.sent_at, json.dumps(answer.data)
+
+        seen: float | None = None
         for _ in range(2):
-            items = lambda_offers.readable(self._api.read("GET", "/instance-types").data)
+            seen, text = self._types.read(fetch, newer_than=seen)
+            items = lambda_offers.readable(json.loads(text))
             if items:
                 return lambda_offers.offers(items, hardware)
         raise Unavailable(

@@ -274,8 +274,8 @@ def make(
     verdict = (
         predict.verdict(chosen, limit, spec.budget.max_hours) if chosen else predict.Verdict(refused=True)
     )
-    asleep = (UNGUARDED,) if provider.traits.unguarded else ()
-    said = (*dict.fromkeys(warnings), *_warnings(chosen), *asleep, *verdict.reasons)
+    lease = [UNGUARDED if provider.traits.unguarded else "", provider.traits.risk]
+    said = (*dict.fromkeys(warnings), *_warnings(chosen), *filter(None, lease), *verdict.reasons)
     return Plan(spec, provider.traits.rented, chosen, tuple(predict.rank(others)), verdict, limit, spec.budget.max_hours,
                 data, sent, said, on)  # fmt: skip
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,9 +25,10 @@ if TYPE_CHECKING:
     from provisioning.base import Provider
     from runs.record import NodeRecord, RunRecord
 
-CONFIRM_SECONDS = 180.0
+_PACE = float(os.environ.get("LLMCTL_TEST_PACE", "1"))
+CONFIRM_SECONDS = 180.0 * _PACE
 """How long an end is waited for; a node that withstands that is reported as unconfirmed."""
-AGAIN_SECONDS = 45.0
+AGAIN_SECONDS = 45.0 * _PACE
 """The request is sent again so often meanwhile."""
 
 

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -53,8 +54,9 @@ def main(home: Path, run: str, *, force: bool = False) -> int:
     site, driver, sinks = build(store, record, clock, wake, epoch, patient(heart, clock))
 
     def beat(why: str) -> None:
-        complaint, at = driver.hands.sight.complaint, clock.now().timestamp()
-        write_heartbeat(heart, why, complaint, at, driver.stake)
+        sight, at = driver.hands.sight, clock.now().timestamp()
+        why = f"{why}; {sight.free}" if sight.free else why
+        write_heartbeat(heart, why, sight.complaint, at, driver.stake)
 
     try:
         with inhibit_sleep(f"llmctl drives {run}"):
@@ -93,7 +95,7 @@ def build(  # noqa: PLR0917
     spec = stored_spec(record)
     hardware = {**record.spec["hardware"], "self_terminate": spec.node.self_terminate}
     provider = open_provider(record.provider, home, hardware)
-    plan = plan_of(home.path, run, spec)
+    plan = replace(plan_of(home.path, run, spec), cache=provider.traits.cache)
     try:
         recovered = fetch.recover(store, record)
     except (ProviderError, collect.VerificationError, OSError) as error:

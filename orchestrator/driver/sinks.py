@@ -84,7 +84,9 @@ class Notify:
 
             # `text` is what Slack and Telegram's sendMessage read; a chat_id stands in the URL's query.
             body = {"text": text, "run": run.run, "state": run.state}
-            httpx2.post(self._target, json=body, timeout=20).raise_for_status()
+            answer = httpx2.post(self._target, json=body, timeout=20)
+            if answer.is_error:  # in words of our own: the address may hold a token
+                raise OSError(f"the webhook answers {answer.status_code}")
             return
         values = {"LLMCTL_RUN": run.run, "LLMCTL_STATE": run.state, "LLMCTL_MESSAGE": text}
         # The user's own shell command, from the user's own spec.

@@ -67,7 +67,7 @@ class Hands:
         sight = self.sight
         sight.offers_at = self.clock.now()
         try:
-            sight.offers = tuple(self.provider.offers(terms.hardware(run.spec)))
+            sight.ask(self.provider, terms.hardware(run.spec))
             sight.complaint = None
         except (CredentialsError, InvalidHardware) as error:
             sight.offers_error = f"{error.code}: {error}"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Protocol
+from typing import Any, Protocol
 
+from orchestrator.figures import dollars
 from orchestrator.life import world as w
 from provisioning.base import Provider
 from runs import events as e
@@ -48,6 +49,20 @@ class Site(Protocol):
         """Begin to bring home checkpoints, log, metrics and evaluations."""
 
 
+def free_now(offers: Iterable[Offer], most: int = 4) -> str:
+    """Types with GPUs that are free, those with the most GPUs first: `free now: gpu_8x_a100 ($14.32/h, us-east-1), …`."""
+    places: dict[str, list[Offer]] = {}
+    for offer in offers:
+        if offer.available and offer.gpus:
+            places.setdefault(offer.instance_type, []).append(offer)
+    ranked = sorted(places.values(), key=lambda item: (-item[0].gpus, item[0].usd_per_hour))
+    told = [
+        f"{item[0].instance_type} ({dollars(item[0].usd_per_hour)}/h, {', '.join(offer.region for offer in item[:3])})"
+        for item in ranked[:most]
+    ]
+    return f"free now: {', '.join(told)}" if told else "nothing with a GPU is free now"
+
+
 @dataclass
 class Sight:
     """What this driver remembers of what it saw; lost with it, and seen again by the next."""
@@ -68,6 +83,15 @@ class Sight:
     claim_refused: str | None = None
     complaint: str | None = None
     """Why the last look failed, for people."""
+    free: str = ""
+    """What could be rented instead while nothing that the spec asks for is free, for people."""
+
+    def ask(self, provider: Provider, hardware: dict[str, Any]) -> None:
+        """Take in what can be rented. Raises ProviderError."""
+        self.free = ""
+        self.offers = tuple(provider.offers(hardware))
+        if provider.traits.tells_capacity and not any(offer.available for offer in self.offers):
+            self.free = free_now(provider.offers({}))
 
     def see(self, inventory: Inventory, nodes: Sequence[NodeRecord]) -> None:
         """Take in an inventory: what is there, and which of our nodes are not."""

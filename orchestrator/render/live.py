@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
 from typing import Any
 
 from orchestrator.actions import follow
@@ -20,14 +21,19 @@ _TOLD = {
 }  # fmt: skip
 
 
+_RUNG = {"LaunchAnswered", "LaunchFound", "RunEnded"}
+"""What rings the terminal's bell when it happens: money begins to flow, or all is over."""
+
+
 class Screen:
     """Log lines to stdout, events and notes to stderr, and in a terminal a status line that stays at the bottom."""
 
     def __init__(self, *, log: bool = True, events: bool = True) -> None:
         self._log, self._events = log, events
+        self._began = datetime.now(UTC)
         self._live = sys.stderr.isatty() and sys.stdout.isatty()
         self._line, self._rest = "", b""
-        self._printed = 0.0
+        self._printed, self._why = 0.0, ""
 
     def play(self, heard: Iterable[follow.Heard]) -> None:
         """Show what is heard until it ends. Leaves the terminal as it was, whatever happens."""
@@ -59,6 +65,8 @@ class Screen:
     def _event(self, body: dict[str, Any]) -> None:
         if self._events and body["kind"] in _TOLD:
             self._say(f"{body['at'][11:19]} {describe(body)}")
+        if self._live and body["kind"] in _RUNG and datetime.fromisoformat(body["at"]) > self._began:
+            sys.stderr.write("\a")
 
     def _say(self, text: str) -> None:
         self._erase()
@@ -71,6 +79,9 @@ class Screen:
         if self._live:
             self._erase()
             self._draw()
+        elif item.row["state"] == "waiting" and (why := (item.heartbeat or {}).get("why") or "") != self._why:
+            self._why = why
+            self._say(why)
         elif not self._log and time.monotonic() - self._printed > 5:
             self._printed = time.monotonic()
             sys.stderr.write(self._line + "\n")

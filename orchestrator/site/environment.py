@@ -2,18 +2,19 @@
 
 In this order: a Python of the image whose packages satisfy the pins; an overlay (a folder on PYTHONPATH) where only small
 wheels are missing; an isolated environment made by uv, with the torch build that the node's driver can run. The choice is
-remembered on the node and looked at again only when the interpreter changed.
+remembered by what the image's interpreters are, on the node or in the filesystem that outlives it, and looked at again only when they
+changed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orchestrator.remote.connection import CommandFailed
 from orchestrator.remote.node import Remote
-from runs.facts import Offer
 
 MINIMUM = {"torch": (2, 9), "numpy": (1, 26), "safetensors": (0, 4)}
 """Pins: torch 2.9 is the first with torch.optim.Muon; the others are what the trainer was tested with at the least."""
@@ -54,15 +55,18 @@ def ensure(remote: Remote, python: str, *, cuda: bool) -> dict[str, Any]:
     """
     candidates = IMAGE_PYTHONS if python == "auto" else (python,)
     stamp = remote.run(["sh", "-c", _STAMP, "sh", *candidates], check=False).text
-    remembered = _remembered(remote, stamp)
+    image = hashlib.sha256(f"{stamp} {cuda}".encode()).hexdigest()[:12]
+    remembered = _remembered(remote, image)
     if remembered is not None:
         return remembered
-    chosen = _choose(remote, candidates, only=python != "auto", cuda=cuda)
-    remote.write(f"~/{ROOT}/chosen.json", json.dumps({"stamp": stamp, "chosen": chosen}).encode(), 0o644)
+    chosen = _choose(remote, candidates, image, only=python != "auto", cuda=cuda)
+    remote.write(f"~/{ROOT}/{image}.json", json.dumps(chosen).encode(), 0o644)
     return chosen
 
 
-def _choose(remote: Remote, candidates: Sequence[str], *, only: bool, cuda: bool) -> dict[str, Any]:
+def _choose(
+    remote: Remote, candidates: Sequence[str], image: str, *, only: bool, cuda: bool
+) -> dict[str, Any]:
     """The first candidate that lacks nothing, else the first that lacks small wheels alone, else an environment of our own."""
     small: tuple[str, list[str]] | None = None
     for candidate in candidates:
@@ -76,7 +80,7 @@ def _choose(remote: Remote, candidates: Sequence[str], *, only: bool, cuda: bool
             )
         if small is None and set(missing) <= set(SMALL):
             small = candidate, missing
-    return _overlay(remote, *small, cuda=cuda) if small is not None else _isolated(remote, cuda=cuda)
+    return _overlay(remote, *small, image, cuda=cuda) if small else _isolated(remote, image, cuda=cuda)
 
 
 _STAMP = """for name; do
@@ -84,14 +88,11 @@ _STAMP = """for name; do
 done"""
 
 
-def _remembered(remote: Remote, stamp: str) -> dict[str, Any] | None:
+def _remembered(remote: Remote, image: str) -> dict[str, Any] | None:
     try:
-        known: dict[str, Any] = json.loads(remote.read(f"~/{ROOT}/chosen.json"))
+        chosen: dict[str, Any] = json.loads(remote.read(f"~/{ROOT}/{image}.json"))
     except (CommandFailed, ValueError):
         return None
-    if known.get("stamp") != stamp or not stamp:
-        return None
-    chosen: dict[str, Any] = known["chosen"]
     exists = remote.run(["test", "-x", chosen["python"]], check=False).exit_code == 0
     return chosen if exists else None
 
@@ -137,9 +138,9 @@ def _chosen(found: Mapping[str, Any], kind: str, env: dict[str, str]) -> dict[st
     }
 
 
-def _overlay(remote: Remote, python: str, missing: list[str], *, cuda: bool) -> dict[str, Any]:
+def _overlay(remote: Remote, python: str, missing: list[str], image: str, *, cuda: bool) -> dict[str, Any]:
     """Small wheels in a folder of our own, in front of the image's packages."""
-    folder = f"{ROOT}/overlay"
+    folder = f"{ROOT}/overlay-{image}"
     wanted = [f"{name}>={'.'.join(map(str, MINIMUM[name]))}" for name in missing]
     command = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, *wanted]
     result = remote.run(command, check=False, timeout=INSTALL_SECONDS)
@@ -147,13 +148,13 @@ def _overlay(remote: Remote, python: str, missing: list[str], *, cuda: bool) -> 
     env = {"PYTHONPATH": f"{home}/{folder}"}
     found = _probe(remote, python, env)
     if result.exit_code != 0 or lacking(found, cuda=cuda):
-        return _isolated(remote, cuda=cuda)
+        return _isolated(remote, image, cuda=cuda)
     return _chosen(found, "overlay", env)
 
 
-def _isolated(remote: Remote, *, cuda: bool) -> dict[str, Any]:
+def _isolated(remote: Remote, image: str, *, cuda: bool) -> dict[str, Any]:
     """An environment of its own. uv chooses the torch build by the driver (`--torch-backend=auto`)."""
-    folder = f"{ROOT}/uv"
+    folder = f"{ROOT}/uv-{image}"
     backend = "auto" if cuda else "cpu"
     result = remote.run(
         ["sh", "-c", _UV, "sh", folder, UV_PYTHON, backend, *UV_PACKAGES],
@@ -176,6 +177,10 @@ def _isolated(remote: Remote, *, cuda: bool) -> dict[str, Any]:
 _UV = """
 set -e
 folder=$1 python=$2 backend=$3; shift 3
+mkdir -p "${folder%/*}"
+exec 9>"$folder.lock"
+flock 9 2>/dev/null || :  # another node with the same filesystem may be making it
+export UV_PYTHON_INSTALL_DIR="$PWD/llmctl/environments/python"  # beside it, so that it serves the next node too
 uv=$(command -v uv || true)
 if [ -z "$uv" ]; then
   python3 -m pip install --quiet --target llmctl/environments/tools uv ||
@@ -185,28 +190,3 @@ fi
 "$uv" venv --quiet --allow-existing --python "$python" "$folder" || "$uv" venv --quiet --allow-existing "$folder"
 "$uv" pip install --quiet --python "$folder/bin/python" --torch-backend="$backend" "$@"
 """
-
-
-def gpu_problem(gpus: object, offer: Offer) -> str | None:
-    """Why the GPUs that the probe saw are not those of the offer, or None. `gpus`: [{name, memory_mib, used_mib, celsius}]."""
-    if not isinstance(gpus, list) or not gpus:
-        return "nvidia-smi shows no GPU, and train.device is cuda"
-    if offer.gpus and len(gpus) < offer.gpus:
-        return f"{len(gpus)} GPUs are there, {offer.gpus} were rented"
-    for index, gpu in enumerate(gpus):
-        if gpu["used_mib"] > 500:
-            return f"GPU {index} is in use: {gpu['used_mib']} MiB are taken before the run has begun"
-        if gpu["celsius"] >= 60:
-            return f"GPU {index} has {gpu['celsius']} °C without work: it would run throttled"
-    return _memory_problem(gpus, offer)
-
-
-def _memory_problem(gpus: list[dict[str, Any]], offer: Offer) -> str | None:
-    from trainer.gpus import GPUS
-
-    known = GPUS.get(offer.gpu or "")
-    least = min(gpu["memory_mib"] for gpu in gpus)
-    # Boards report a little less than the name says (ECC, reserved pages).
-    if known is not None and least / 1024 < 0.9 * known.memory_gib:
-        return f"a GPU has {least / 1024:.0f} GiB, {offer.gpu} has {known.memory_gib:g}"
-    return None

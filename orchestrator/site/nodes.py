@@ -21,7 +21,7 @@ from orchestrator.remote import transfer
 from orchestrator.remote.connection import Address, NodeUnreachable, RemoteError
 from orchestrator.remote.mirror import Mirror
 from orchestrator.remote.node import Remote
-from orchestrator.site import collect, environment, findings, group, prepare, pushed, start
+from orchestrator.site import collect, environment, findings, group, preflight, prepare, pushed, start
 from orchestrator.site.journal import Journal
 from orchestrator.site.watch import Watch
 from runs import events as e
@@ -370,7 +370,7 @@ class NodeSite:
             try:
                 work()
                 reason = None
-            except prepare.PreflightError as error:
+            except preflight.PreflightError as error:
                 reason, noted = str(error), True
                 assert key is not None
                 self._add(e.node_stream(key), e.PreflightFailed(at=self._clock.now(), reason=reason))

@@ -1,4 +1,4 @@
-"""Three lanes side by side on a fresh node (code, environment, data), and the preflight.
+"""Three lanes side by side on a fresh node (code, environment, data), after its preflight.
 
 What a lane did is remembered on the node by content hash, so that a retry, and the next run there, do nothing twice. The
 trainer may start when code and environment are there and with them the first training shard and the validation shards;
@@ -23,9 +23,10 @@ from orchestrator.data import needed, sources
 from orchestrator.remote import transfer
 from orchestrator.remote.connection import CommandFailed
 from orchestrator.remote.node import Remote
-from orchestrator.site import environment, findings
+from orchestrator.site import environment, findings, preflight
 from orchestrator.site.collect import here
 from orchestrator.site.group import Group, Member, NoPrivateNetwork, interface, kill, private_address
+from orchestrator.site.preflight import PreflightError
 from orchestrator.site.start import bare, directory, torchrun
 from provisioning.base import ProviderError
 from provisioning.objects import S3
@@ -39,8 +40,13 @@ CODE = "~/llmctl/code"
 """Trainer packages by content hash; `trainer` in a run's directory is a link to one."""
 
 
-class PreflightError(Exception):
-    """The node is not what was rented."""
+_KEEP = """
+[ -w "${1%/*}" ] || exit 0
+for name in data environments; do
+  mkdir -p "$1/$name" llmctl && { [ -e "llmctl/$name" ] || ln -s "$1/$name" "llmctl/$name"; }
+done
+"""
+"""Shards and environments live in the cache, where it is mounted and nothing is on the node's own disk yet."""
 
 
 class PrepareError(Exception):
@@ -65,6 +71,8 @@ class Plan:
     """The buckets that the run reads or pushes to; None: none."""
     spec: RunSpec | None = None
     """Of a run that tunes or measures a model: its section is what the trainer reads."""
+    cache: str | None = None
+    """A folder on the node that outlives it."""
 
     def decode(self, tokens: list[int]) -> str:
         """Text of tokens, by the run's tokenizer."""
@@ -113,7 +121,9 @@ def prepare(
     """All lanes of one node. `done(name, lane)` is called as each completes, `ready` among them as soon as training can
     start; returns when all data is there. `group`: the nodes of the attempt, where there are several. `found`: what an
     earlier run found out (`findings`). Raises PreflightError, PrepareError, RemoteError, TransferError, TimeoutError."""
-    preflight(remote, run, node, plan.data)
+    if plan.cache is not None:
+        remote.run(["sh", "-c", _KEEP, "sh", plan.cache])
+    preflight.check(remote, run, node, plan.data, bare(DATA))
     first = group is None or node.key == group.keys[0]
     if run.attempt is not None and run.attempt.number > 1 and run.attempt.token is None:
         kill([remote], run.run)  # what an earlier attempt left on a machine of the user's own
@@ -175,42 +185,6 @@ class _Progress:
         with self._changed:
             self._changed.wait_for(lambda: self._broken or all(name in self.lanes for name in names))
             return not self._broken
-
-
-# ---------------------------------------------------------------- preflight
-
-
-def preflight(remote: Remote, run: RunRecord, node: NodeRecord, data: sources.DataPlan) -> None:
-    """Disk and GPUs against what is needed and was rented. Raises PreflightError; the CPU is never a silent fallback."""
-    seen = json.loads(remote.run(["python3", "-c", _ROOM, bare(DATA)]).text)
-    missing = sum(item.bytes or 0 for item in data.shards if item.node_name not in set(seen["there"]))
-    need = disk_bytes(run) + missing
-    if seen["free"] < need:
-        raise PreflightError(
-            f"{seen['free'] / 2**30:.1f} GiB of disk are free, {need / 2**30:.1f} GiB are needed for checkpoints and shards"
-        )
-    if run.spec["train"]["device"] == "cpu":
-        return
-    problem = environment.gpu_problem(node.facts.get("gpus"), node.offer)
-    if problem is not None:
-        raise PreflightError(problem)
-
-
-_ROOM = """
-import json, os, shutil, sys
-data = sys.argv[1]
-found = [os.path.relpath(os.path.join(folder, name), data) for folder, _, names in os.walk(data) for name in names]
-print(json.dumps({"free": shutil.disk_usage(".").free, "there": found}))
-"""
-"""Free bytes, and the shards that are there already."""
-
-
-def disk_bytes(run: RunRecord) -> int:
-    """Bytes that the checkpoints of a run may take at once: weights and two moments in float32, keep + best + one in writing."""
-    from trainer.flops import parameters
-
-    model: config.ModelConfig = reading.from_dict(config.ModelConfig, run.spec["model"], "model.")
-    return 12 * parameters(model) * (int(run.spec["checkpoint"]["keep"]) + 2)
 
 
 # ---------------------------------------------------------------- lanes

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import time
 
 import pytest
 
@@ -74,22 +73,37 @@ def test_reap_ends_what_nobody_answers_for(rented: Make) -> None:  # noqa: F811
     shutil.rmtree(lost)
 
 
-def test_ctrl_c_before_anything_is_rented(rented: Make) -> None:  # noqa: F811
-    """It cancels the wait: exit 130, and no request to rent was ever sent."""
-    cloud, cli = rented(capacity={"gpu_1x_a10": []})
-    (cli.home / "run.yaml").write_text(lambda_spec())
-    waiting = cli.start("launch", "run.yaml", "-y", "--wait", "10h")
-    cli.wait(
-        lambda: (
-            cli.json("status")
-            and cli.json("status")[0]["state"] == "waiting"
-            and cloud.sent("GET /instance-types")
-        )
-    )
-    time.sleep(
-        0.5
-    )  # the follower is past its start; what a person's hand does is not an event that could be awaited
+def test_a_wait_for_capacity_is_interrupted_and_resumed(rented: Make) -> None:  # noqa: F811
+    """It tells what is free meanwhile. Ctrl-C cancels it: exit 130, and no request to rent was ever sent. `resume` waits again, and
+    the node that comes is told of."""
+    elsewhere = {"gpu_1x_a10": [], "gpu_8x_a100": ["us-east-1"]}
+    cloud, cli = rented(capacity=elsewhere)
+    notes, said = cli.home / "notes", cli.home / "said"
+    notify = f'echo "$LLMCTL_MESSAGE" >>{notes}'
+    (cli.home / "run.yaml").write_text(lambda_spec(notify=notify, trainer={"path": plain_trainer(cli.home)}))
+    with said.open("w") as file:
+        waiting = cli.start("launch", "run.yaml", "-y", "--wait", "10h", stderr=file)
+    free = "waiting for capacity; free now: gpu_8x_a100 ($15.92/h, us-east-1)"
+    cli.wait(lambda: free in said.read_text())
     waiting.send_signal(signal.SIGINT)
-    _, said = waiting.communicate(timeout=60)
-    assert waiting.returncode == 130, said
+    waiting.communicate(timeout=60)
+    assert waiting.returncode == 130
     assert cloud.sent("POST /instance-operations/launch") == []
+    run = cli.only()
+    cloud.set(capacity={}, capacity_after=100)
+    cli.run("resume", run, "--wait", "1h")
+    assert cli.show(run)["state"] == "succeeded" and len(launches(cloud)) == 1
+    told = notes.read_text()
+    assert f"{run}: got gpu_1x_a10 in us-" in told and f"{run} succeeded" in told
+
+
+def test_what_a_key_on_the_node_risks_is_said_where_it_is_switched_on(rented: Make) -> None:  # noqa: F811
+    """And what is unguarded without it."""
+    _, cli = rented()
+    for switched, words in (
+        (False, "nothing ends the node"),
+        (True, "leaves the Lambda API key on the node"),
+    ):
+        (cli.home / "run.yaml").write_text(lambda_spec(node={"self_terminate": switched}))
+        planned = cli.run("plan", "run.yaml")
+        assert words in " ".join((planned.stdout + planned.stderr).split())

@@ -348,6 +348,23 @@ def test_offers_are_kept_with_their_time_and_final_errors_are_told(tmp_path: Pat
     assert bench.hands.sight.offers_error == "key: bad key"
 
 
+def test_while_nothing_fits_what_is_free_is_told(tmp_path: Path) -> None:
+    bench, big = Bench(tmp_path, Story()), OFFER.model_copy(update={"gpus": 8, "instance_type": "gpu_8x"})
+    small = big.model_copy(update={"gpus": 1, "instance_type": "gpu_1x", "region": "west"})
+    sold_out = OFFER.model_copy(update={"available": False})
+    offered = {True: [sold_out], False: [small, big, big.model_copy(update={"region": "north"}), sold_out]}
+    bench.provider.offers = lambda hardware: offered[bool(hardware)]  # type: ignore[method-assign]
+    bench.do(w.AskOffers())
+    assert bench.hands.sight.free == "", "this provider does not know"
+    bench.provider.traits = Traits(tells_capacity=True)
+    bench.do(w.AskOffers())
+    rate = f"${OFFER.usd_per_hour:,.2f}/h"
+    assert bench.hands.sight.free == f"free now: gpu_8x ({rate}, east, north), gpu_1x ({rate}, west)"
+    offered[True] = [OFFER]
+    bench.do(w.AskOffers())
+    assert bench.hands.sight.free == ""
+
+
 def test_sight_becomes_the_world_of_decide(tmp_path: Path) -> None:
     bench = Bench(tmp_path, Story().begun().launched())
     bench.do(w.Look("x"))

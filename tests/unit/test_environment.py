@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from orchestrator.remote.connection import CommandFailed, Result
-from orchestrator.site import environment
+from orchestrator.site import environment, prepare
 
 
 class Shell:
@@ -85,3 +85,37 @@ def test_the_systems_python_comes_first_and_a_given_one_alone(
     bare = shell.python("bare", torch=None, numpy=None, safetensors=None)
     with pytest.raises(environment.EnvironmentFailed, match="lacks torch"):
         environment.ensure(shell, bare, cuda=False)  # type: ignore[arg-type]
+
+
+def test_what_was_chosen_without_gpus_is_not_taken_for_a_run_that_needs_them(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = shell.python("python3", **WHOLE)  # its torch cannot use a GPU
+    monkeypatch.setattr(environment, "IMAGE_PYTHONS", (python,))
+    made: list[str] = []
+    monkeypatch.setattr(
+        environment, "_isolated", lambda _remote, image, cuda: made.append(image) or {"python": python}
+    )
+    environment.ensure(shell, "auto", cuda=False)  # type: ignore[arg-type]
+    assert made == []
+    for _ in range(2):
+        environment.ensure(shell, "auto", cuda=True)  # type: ignore[arg-type]
+    assert len(made) == 1, "made once, and remembered for this image"
+
+
+def test_shards_and_environments_live_in_the_filesystem_where_it_is_mounted(
+    shell: Shell, tmp_path: Path
+) -> None:
+    mount = tmp_path / "nfs" / "cache"
+    shell.run(["sh", "-c", prepare._KEEP, "sh", str(mount / "llmctl")], check=False)
+    assert not (shell.home / "llmctl").exists(), "it is not mounted: the node's own disk serves"
+    mount.mkdir(parents=True)
+    for _ in range(2):
+        shell.run(["sh", "-c", prepare._KEEP, "sh", str(mount / "llmctl")], check=False)
+    (shell.home / "llmctl" / "data" / "shard.bin").write_bytes(b"tokens")
+    assert (mount / "llmctl" / "data" / "shard.bin").read_bytes() == b"tokens"
+    next_node = Shell(tmp_path / "next")
+    next_node.home.mkdir()
+    next_node.run(["sh", "-c", prepare._KEEP, "sh", str(mount / "llmctl")], check=False)
+    assert (next_node.home / "llmctl" / "data" / "shard.bin").read_bytes() == b"tokens"
+    assert (next_node.home / "llmctl" / "environments").is_symlink()

@@ -10,8 +10,8 @@ import pytest
 
 from orchestrator.data.sources import DataPlan, Shard
 from orchestrator.remote.connection import Result
-from orchestrator.site import prepare
-from orchestrator.site.environment import gpu_problem
+from orchestrator.site import preflight
+from orchestrator.site.preflight import gpu_problem
 from runs.facts import Offer, Tariff
 from tests.seeds import Seed
 
@@ -57,8 +57,8 @@ def test_the_gpus_are_those_that_were_rented_idle_and_cool(gpus: object, words: 
 class Node:
     """A node with so much room, and these shards."""
 
-    def __init__(self, free: int, *there: str) -> None:
-        self.told = json.dumps({"free": free, "there": there}).encode()
+    def __init__(self, free: int, *there: str, apart: bool = False) -> None:
+        self.told = json.dumps({"free": free, "there": there, "apart": apart}).encode()
 
     def run(self, _command: list[str]) -> Result:
         return Result(self.told, b"", 0)
@@ -72,13 +72,14 @@ def test_the_disk_must_hold_checkpoints_and_the_shards_that_are_not_there_yet(tm
         for name in ("a.bin", "b.bin")
     )
     data = DataPlan(train=shards, validation=(), test_sets=())
-    need = prepare.disk_bytes(seed.record) + 2 * 10**9
+    need = preflight.disk_bytes(seed.record) + 2 * 10**9
 
-    def look(free: int, *there: str) -> None:
-        prepare.preflight(Node(free, *there), seed.record, node, data)  # type: ignore[arg-type]
+    def look(free: int, *there: str, apart: bool = False) -> None:
+        preflight.check(Node(free, *there, apart=apart), seed.record, node, data, "data")  # type: ignore[arg-type]
 
     look(need)
     look(need - 10**9, "a.bin")
+    look(need - 2 * 10**9, apart=True)
     for short in ((need - 1,), (need - 10**9 - 1, "a.bin")):
-        with pytest.raises(prepare.PreflightError, match="needed for checkpoints and shards"):
+        with pytest.raises(preflight.PreflightError, match="needed for checkpoints and shards"):
             look(*short)
