@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ from tests.integration.test_lambda_launch import (  # noqa: F401  fixtures
     honest,
     lambda_cloud_factory,
     lambda_spec,
+    launch,
     launches,
     rented,
 )
@@ -33,23 +35,41 @@ def detached(cli, **changes) -> str:
     return run
 
 
-def test_the_budget_ends_a_run_with_its_checkpoint_here(rented: Make) -> None:  # noqa: F811
-    """`extend` raises every limit of a living run; without it the deadline ends the run, whole."""
+def test_extend_raises_every_limit_of_a_living_run_at_once(rented: Make) -> None:  # noqa: F811
+    """In the store, in the node's name, and on the node; and a stop brings the newest checkpoint home."""
     cloud, cli = rented()
     run = detached(cli, budget={"max_usd": 5, "max_hours": 1})
     planned = cli.run("plan", "run.yaml")
     assert "nothing ends the node" in " ".join((planned.stdout + planned.stderr).split())
     assert "while this machine sleeps" in " ".join(cli.run("status").stderr.split())
-    before = cloud.machines()[0]["name"]
+    (machine,) = cloud.machines()
+    before, place = (
+        machine["name"],
+        cloud.directory / "state" / "homes" / machine["id"] / "llmctl" / "runs" / run,
+    )
+    deadline = json.loads((place / "supervisor.json").read_text())["deadline"]
     cli.run("extend", run, "--max-hours", "2", "--max-usd", "9")
     renamed = cli.wait(lambda: [item["name"] for item in cloud.machines() if item["name"] != before])
     assert len(renamed) == 1, "the lease in the node's name moved too"
+    cli.wait(lambda: json.loads((place / "supervisor.json").read_text())["deadline"] == deadline + 3600)
     cli.run("stop", run)
     document = cli.show(run)
     assert (document["state"], document["reason"]) == ("stopped", "user")
     newest = max(document["checkpoints"], key=lambda item: item["step"])
     assert newest["fetched"]
     assert len(launches(cloud)) == 1
+    honest(cloud, cli, run)
+
+
+@pytest.mark.harness
+def test_the_budget_ends_a_run_with_its_checkpoint_here(rented: Make) -> None:  # noqa: F811
+    """The bill exceeds it by a billing minute at most, and the time that the end takes; what was trained is here."""
+    cloud, cli = rented()
+    run = launch(cli, 103, **LONG | {"train__steps": 500_000}, budget={"max_usd": 0.03, "max_hours": 1})
+    document = cli.show(run)
+    assert (document["state"], document["reason"]) == ("stopped", "budget")
+    assert max(document["checkpoints"], key=lambda item: item["step"])["fetched"]
+    assert cloud.usd() <= 0.03 + 1.29 / 60 + 1e-6
     honest(cloud, cli, run)
 
 

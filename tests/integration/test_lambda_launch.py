@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from runs.store import Store
 from tests.cli import Cli, spec
 from tests.lambda_fixtures import Cloud, lambda_cloud_factory  # noqa: F401
 from tests.plain_trainer import plain_trainer
@@ -183,12 +184,14 @@ def test_host_key_accept_new(rented: Make) -> None:
     [
         ("training", "vanished"),
         *(harness("booting", how) for how in ("terminated", "unhealthy")),
+        harness("preparing", "terminated"),
         harness("training", "preempted"),
+        harness("collecting", "vanished"),
     ],
 )
 def test_instance_dies(rented: Make, phase: str, how: str) -> None:
     """A lost node is replaced, and the run goes on from the last checkpoint that came home."""
-    cloud, cli = rented(boot_seconds=10 if phase == "training" else 60)
+    cloud, cli = rented(boot_seconds=60 if phase == "booting" else 10)
     (cli.home / "run.yaml").write_text(
         lambda_spec(
             train__steps=400,
@@ -199,16 +202,19 @@ def test_instance_dies(rented: Make, phase: str, how: str) -> None:
     )
     cli.run("launch", "run.yaml", "-y", "--detach")
     run = cli.only()
-    if phase == "booting":
-        machine = cli.wait(cloud.machines)[0]
-    else:
-        cli.wait(lambda: any(item["fetched"] for item in cli.show(run)["checkpoints"]))
-        machine = cloud.machines()[0]
-    cloud.kill(machine["id"], how)
+    store = Store(cli.home)
+    reached = {
+        "booting": cloud.machines,
+        "preparing": lambda: store.record(run).state == "preparing",
+        "training": lambda: any(item.fetched for item in store.record(run).checkpoints.values()),
+        "collecting": lambda: store.record(run).attempts[-1:] and store.record(run).attempts[-1].trainer_end,
+    }[phase]
+    cloud.wait_for(lambda _: reached(), 120)
+    cloud.kill(cloud.machines()[0]["id"], how)
     cli.run("resume", run)
     document = cli.show(run)
     assert document["state"] == "succeeded"
-    assert len(launches(cloud)) == 2
+    assert len(launches(cloud)) == 2 or phase == "collecting"  # all may have been here by then
     made = [line["step"] for line in cli.metrics(run) if line["kind"] == "step"]
     assert made == list(range(1, 401))
     if phase == "training":
