@@ -32,7 +32,15 @@ from provisioning.base import (
 )
 from provisioning.cloudinit import LARGEST_BYTES, RISK, SelfTerminate, user_data
 from provisioning.lambda_api import CONSOLE, GONE_CODES, LambdaApi, base_url, find_credentials, redacted
-from provisioning.lambda_models import AuditEvent, AuditLog, Filesystem, Instance, SSHKey, node_facts
+from provisioning.lambda_models import (
+    AuditEvent,
+    AuditLog,
+    Filesystem,
+    Instance,
+    SSHKey,
+    filesystem_sentence,
+    node_facts,
+)
 from provisioning.ratelimit import Limiter, Rates, SharedReading
 from runs.facts import BillingEvidence, Inventory, Marker, NodeFacts, Offer
 
@@ -59,15 +67,18 @@ def open(home: Home, hardware: dict[str, object]) -> LambdaCloud:  # noqa: A001 
     secret = credentials.key.get_secret_value() if credentials else ""
     directory = _state_directory(home, hashlib.sha256(f"{url} {secret}".encode()).hexdigest()[:16])
     limiter = Limiter(directory / "turns.json", Rates().scaled(pace), sleep=home.sleep)
-    instances, types = (
-        SharedReading(directory / name, 5.0 * pace, sleep=home.sleep)
-        for name in ("instances.json", "types.json")
+
+    return LambdaCloud(
+        home,
+        hardware,
+        LambdaApi(credentials, url, limiter, pace=pace),
+        instances=SharedReading(directory / "instances.json", 5.0 * pace, sleep=home.sleep),
+        types=SharedReading(directory / "types.json", 5.0 * pace, sleep=home.sleep),
+        audit=SharedReading(
+            directory / "audit.json", AUDIT_SECONDS * pace, patience_seconds=60.0, sleep=home.sleep
+        ),
+        pace=pace,
     )
-    audit = SharedReading(
-        directory / "audit.json", AUDIT_SECONDS * pace, patience_seconds=60.0, sleep=home.sleep
-    )
-    api = LambdaApi(credentials, url, limiter, pace=pace)
-    return LambdaCloud(home, hardware, api, instances, types, audit, pace=pace)
 
 
 def _state_directory(home: Home, account: str) -> Path:
@@ -99,16 +110,16 @@ class LambdaCloud:
         home: Home,
         hardware: dict[str, object],
         api: LambdaApi,
-        shared: SharedReading,
+        *,
+        instances: SharedReading,
         types: SharedReading,
         audit: SharedReading,
-        *,
         pace: float = 1.0,
     ) -> None:
         self._home = home
         self._hardware = hardware
         self._api = api
-        self._shared, self._types, self._audit = shared, types, audit
+        self._shared, self._types, self._audit = instances, types, audit
         self.traits = Traits(
             looks=3,
             look_seconds=60 * pace,
@@ -267,7 +278,7 @@ class LambdaCloud:
     def leftovers(self) -> Sequence[str]:
         """See Provider: filesystems bill by the hour for what they hold, mounted or not."""
         held = self._api.read("GET", "/file-systems").parsed(_FILESYSTEMS)
-        return [_filesystem_sentence(filesystem) for filesystem in held]
+        return [filesystem_sentence(filesystem) for filesystem in held]
 
     def billing_evidence(self, node_id: str, since: datetime) -> BillingEvidence:
         """See Provider. The names of the actions are in no document: the first event about an instance is its launch, and
@@ -396,9 +407,3 @@ class LambdaCloud:
 def _key_material(public_key: str) -> str:
     """Type and base64 of an OpenSSH public key, without its comment."""
     return " ".join(public_key.split()[:2])
-
-
-def _filesystem_sentence(filesystem: Filesystem) -> str:
-    size = "unknown size" if filesystem.bytes_used is None else f"{filesystem.bytes_used / 2**30:.1f} GiB"
-    use = "mounted" if filesystem.is_in_use else "not mounted anywhere"
-    return f"Lambda filesystem {filesystem.name} in {filesystem.region.name}: {size}, {use}, bills until it is deleted in the console"

@@ -159,6 +159,13 @@ class AuditLog(BaseModel):
     events: list[AuditEvent]
 
 
+def filesystem_sentence(filesystem: Filesystem) -> str:
+    """What a filesystem is and that it bills, for people."""
+    size = "unknown size" if filesystem.bytes_used is None else f"{filesystem.bytes_used / 2**30:.1f} GiB"
+    use = "mounted" if filesystem.is_in_use else "not mounted anywhere"
+    return f"Lambda filesystem {filesystem.name} in {filesystem.region.name}: {size}, {use}, bills until it is deleted in the console"
+
+
 def node_facts(instance: Instance) -> NodeFacts:
     """One instance as the rest of the program sees it. The intent comes from the tag or, without it, from the name; the
     lease from the name, which `extend` keeps up to date, or else from the tag."""

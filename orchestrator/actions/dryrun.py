@@ -11,9 +11,9 @@ from orchestrator.actions import kept
 from orchestrator.actions import plan as planning
 from orchestrator.clock import SystemClock
 from orchestrator.life import world as w
-from orchestrator.life.effects import plain
 from orchestrator.life.rules import decide
 from runs import events as e
+from runs.facts import Offer
 from runs.fold import fold_all
 from runs.nodefold import fold_node
 from runs.record import view
@@ -145,3 +145,18 @@ def _request(provider: Provider, launch: w.Launch, run: RunRecord, store: Store 
         options=dict(run.spec["hardware"]),
     )  # fmt: skip
     return dict(provider.redacted(request))
+
+
+def plain(value: Any) -> Any:
+    """Effects and offers as plain JSON values."""
+    from dataclasses import asdict, is_dataclass
+
+    if is_dataclass(value) and not isinstance(value, type):
+        return {"effect": type(value).__name__, **{name: plain(item) for name, item in asdict(value).items()}}
+    if isinstance(value, Offer):
+        return value.model_dump(mode="json")
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, tuple | list):
+        return [plain(item) for item in value]
+    return value

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import singledispatchmethod
-from typing import Any
 
 from orchestrator.clock import Clock
 from orchestrator.life import terms, vigil
@@ -391,18 +390,3 @@ def terminate_foreign(provider: Provider, node_id: str) -> str | None:
     except ProviderError as error:
         return f"{error.code}: {error}"
     return None
-
-
-def plain(value: Any) -> Any:
-    """Effects and offers as plain JSON values, for --dry-run and logs."""
-    from dataclasses import asdict, is_dataclass
-
-    if is_dataclass(value) and not isinstance(value, type):
-        return {"effect": type(value).__name__, **{name: plain(item) for name, item in asdict(value).items()}}
-    if isinstance(value, Offer):
-        return value.model_dump(mode="json")
-    if isinstance(value, datetime):
-        return value.isoformat()
-    if isinstance(value, tuple | list):
-        return [plain(item) for item in value]
-    return value

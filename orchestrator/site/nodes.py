@@ -398,7 +398,6 @@ class NodeSite:
         self._add(e.run_stream(self.run), gone)
 
     def _push_failed(self, reason: str) -> None:
-        """The run goes on without: what S3 has not comes home from the node."""
         self._add(e.run_stream(self.run), e.JobFailed(at=self._clock.now(), job="push", reason=reason))
 
     def _add(self, stream: str, event: e.RunEvent | e.NodeEvent) -> None:

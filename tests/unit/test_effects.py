@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from orchestrator.actions.dryrun import plain
 from orchestrator.life import world as w
-from orchestrator.life.effects import Hands, plain
+from orchestrator.life.effects import Hands
 from orchestrator.life.sight import SiteView
 from provisioning.base import (
     Ambiguous,
