@@ -67,7 +67,6 @@ def open(home: Home, hardware: dict[str, object]) -> LambdaCloud:  # noqa: A001 
     secret = credentials.key.get_secret_value() if credentials else ""
     directory = _state_directory(home, hashlib.sha256(f"{url} {secret}".encode()).hexdigest()[:16])
     limiter = Limiter(directory / "turns.json", Rates().scaled(pace), sleep=home.sleep)
-
     return LambdaCloud(
         home,
         hardware,
@@ -385,17 +384,10 @@ class LambdaCloud:
         names = [key.name for key in self._registered_keys()]
         given = self._hardware.get("ssh_key_name")
         if given:
-            hint = (
-                ""
-                if given in names
-                else "register it at https://cloud.lambda.ai/ssh-keys, or leave ssh_key_name out"
-            )
-            return Check(
-                "lambda: SSH key",
-                given in names,
-                f"{given} is {'' if given in names else 'not '}registered",
-                hint,
-            )
+            fine = given in names
+            hint = "register it at https://cloud.lambda.ai/ssh-keys, or leave ssh_key_name out"
+            detail = f"{given} is {'' if fine else 'not '}registered"
+            return Check("lambda: SSH key", fine, detail, "" if fine else hint)
         known = any(name.startswith(self._own_key_name()) for name in names)
         return Check(
             "lambda: SSH key",
