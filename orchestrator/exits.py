@@ -76,7 +76,7 @@ def _failure(reason: str) -> int:
     words = [part.strip() for part in reason.split(":")][:2]
     if any(word in _ACCOUNT for word in words):
         return CREDENTIALS
-    if words[0] in {"no-capacity", "no-node", "budget"}:
+    if words[0] in {"no-capacity", "no-node", "budget", "refused"}:
         return NO_OFFER
     if words[0] in {"host-key", "unreachable", "boot-timeout"}:
         return UNREACHABLE

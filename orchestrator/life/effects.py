@@ -69,7 +69,7 @@ class Hands:
             sight.ask(self.provider, terms.hardware(run.spec))
             sight.complaint = None
         except (CredentialsError, InvalidHardware) as error:
-            sight.offers_error = f"{error.code}: {error}"
+            sight.offers_error = f"{error.code}: {_advised(error)}"
         except ProviderError as error:
             sight.offers, sight.complaint = None, str(error)
 
@@ -247,8 +247,9 @@ class Hands:
             node_id = self.provider.launch(self.request(marker, effect.offer))
         except (Refused, CredentialsError, InvalidHardware, KeyFileError) as error:
             sold_out = isinstance(error, NoCapacity)
+            message = str(error) if sold_out else _advised(error)
             outcome = e.LaunchRefused(
-                at=self.clock.now(), code=error.code, message=str(error), capacity=sold_out
+                at=self.clock.now(), code=error.code, message=message, capacity=sold_out
             )
         except ProviderError as error:
             outcome = e.LaunchAmbiguous(at=self.clock.now(), message=f"{error.code}: {error}")
@@ -352,6 +353,11 @@ class Hands:
     def _(self, effect: w.EndRun, run: RunRecord) -> None:
         ended = e.RunEnded(at=self.clock.now(), outcome=effect.outcome, reason=effect.reason)
         self.commit((e.run_stream(run.run), ended))
+
+
+def _advised(error: ProviderError) -> str:
+    """An error and its next step: what ends a run is read where nothing else tells."""
+    return f"{error}; {error.hint}" if error.hint else str(error)
 
 
 def terminate(

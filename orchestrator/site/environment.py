@@ -188,5 +188,6 @@ if [ -z "$uv" ]; then
   uv="$HOME/llmctl/environments/tools/bin/uv"
 fi
 "$uv" venv --quiet --allow-existing --python "$python" "$folder" || "$uv" venv --quiet --allow-existing "$folder"
-"$uv" pip install --quiet --python "$folder/bin/python" --torch-backend="$backend" "$@"
+"$uv" pip install --quiet --python "$folder/bin/python" --torch-backend="$backend" "$@" ||
+  "$uv" pip install --quiet --python "$folder/bin/python" "$@"  # PyPI's own build, where torch's index cannot be reached
 """

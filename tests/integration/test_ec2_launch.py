@@ -228,6 +228,35 @@ def test_spot_interruption_carries_on_elsewhere(rented: Make) -> None:
     assert 0.4 < document["attempts"][0]["usd_per_hour"] < 0.45
 
 
+def test_a_quota_of_zero_names_the_quota_and_how_to_raise_it(rented: Make) -> None:
+    """Where the launch says so too, not only the log of its driver."""
+    server, cli = rented()
+    server.fault("ec2 RunInstances", "refuse", code="VcpuLimitExceeded", status=400)
+    (cli.home / "run.yaml").write_text(
+        spec(
+            hardware=HARDWARE,
+            budget={"max_usd": 5, "max_hours": 1},
+            trainer={"path": plain_trainer(cli.home)},
+        )
+    )
+    failed = cli.run("launch", "run.yaml", "-y", code=5)
+    told = " ".join(failed.stderr.split())
+    assert "VcpuLimitExceeded" in told and "L-DB2E81BA" in told and "request-service-quota-increase" in told
+    assert intents(server) == []
+
+
+def test_a_bucket_for_checkpoints_that_is_missing_is_met_before_anything_is_rented(rented: Make) -> None:
+    """The code, its meaning and the next step."""
+    server, cli = rented()
+    push = {"every_steps": 20, "push": "s3://no-such-bucket/ckpt"}
+    (cli.home / "run.yaml").write_text(
+        spec(hardware=HARDWARE, budget={"max_usd": 5, "max_hours": 1}, checkpoint=push)
+    )
+    failed = cli.run("launch", "run.yaml", "-y", code=3)
+    assert "NoSuchBucket" in failed.stderr and "aws s3 mb s3://no-such-bucket" in failed.stderr
+    assert server.instances() == [] and [row for row in cli.json("status") if row["run"]] == []
+
+
 def test_bad_credentials_are_exit_code_4(rented: Make) -> None:
     """Nothing is created; the next step is named."""
     server, cli = rented()

@@ -116,6 +116,7 @@ def test_a_node_that_is_left_after_the_end_may_bill_and_a_kept_one_is_kept(tmp_p
         ("failed", "no-capacity", 5),
         ("failed", "global/invalid-api-key: the key is refused", 4),
         ("failed", "refused: global/invalid-api-key: the key is refused", 4),
+        ("failed", "refused: VcpuLimitExceeded: the quota is used up", 5),
         ("failed", "host-key", 6),
         ("failed", "boot-timeout: it never answered", 6),
         ("stopped", "user", 103),

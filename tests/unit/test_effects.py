@@ -120,7 +120,7 @@ class Bench:
     [
         (None, "known", False),
         (NoCapacity("out", code="sold"), "refused", True),
-        (Refused("quota", code="quota"), "refused", False),
+        (Refused("quota", code="quota", hint="raise it"), "refused", False),
         (CredentialsError("key", code="key"), "refused", False),
         (Ambiguous("time-out"), "ambiguous", False),
         (Unavailable("odd"), "ambiguous", False),
@@ -135,6 +135,7 @@ def test_a_launch_is_intended_called_once_and_its_outcome_kept(
     assert bench.provider.calls == [("launch", KEY, ["LaunchIntended"])]
     assert (bench.node.answer, bench.node.capacity_refused) == (answer, capacity)
     assert bench.node.id == ("i-10" if error is None else None)
+    assert (bench.node.refusal == "quota: quota; raise it") is (getattr(error, "hint", "") == "raise it")
     assert bench.node.marker.lease_end == at(120)
 
 
