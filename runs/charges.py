@@ -146,6 +146,15 @@ def total(run: RunRecord, now: datetime) -> int:
     return sum(bill.micro_usd for _, bill in bills(run, now))
 
 
+def accrued(run: RunRecord, now: datetime) -> int:
+    """As `total`, without the rounding of meters that still run: it grows evenly, so that what is left divides into time."""
+    spent = 0
+    for node, bill in bills(run, now):
+        speed = node.micro_usd_per_hour or node.offer.tariff.micro_usd_per_hour
+        spent += bill.micro_usd if bill.final else price((bill.end - bill.start).total_seconds(), speed)
+    return spent
+
+
 def rate(run: RunRecord) -> int:
     """Micro-dollars per hour of the nodes that may bill now."""
     return sum(

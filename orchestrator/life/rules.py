@@ -27,6 +27,8 @@ MAX_STARTS = 8
 """Starts of the supervisor on one attempt (it died, the node rebooted) before its node is given up."""
 FRESH = timedelta(minutes=2)
 """A list that is older says nothing about a node that does not answer."""
+BOOT_STRIDE = timedelta(minutes=5)
+"""By so much the lease of a booting node may be shorter than its money lasts."""
 LEASE_RETRY = timedelta(minutes=1)
 """Between tries to tell a provider of a later lease."""
 
@@ -142,11 +144,13 @@ def _limits(run: RunRecord, world: w.World, now: datetime) -> w.Effect | w.Wait 
     left = terms.seconds_left(run, now, reserve=not ending)
     if left is not None and left[0] <= 0 and not ending:
         return w.RequestStop(left[1])
-    end = terms.deadline(run)
+    end = terms.ends(run, now)
     for node in run.attempt_nodes():
         tried = world.lease_tried_at.get(node.key)
         again = tried is None or now - tried >= LEASE_RETRY
-        if node.alive and end is not None and end > node.marker.lease_end and again:
+        # A boot that is not paid moves the end of the money on and on: followed in strides.
+        slack = BOOT_STRIDE if node.active_at is None else timedelta()
+        if node.alive and end is not None and end > node.marker.lease_end + slack and again:
             return w.ExtendLease(node.key, end)
     if left is None or left[0] <= 0 or left[0] == math.inf:
         return None
@@ -295,7 +299,7 @@ def _prepare(
 def _train(run: RunRecord, attempt: AttemptRecord, world: w.World, now: datetime) -> w.Effect | w.Wait | None:
     """Start the trainer, keep it started, and stop it when the run is to end."""
     token = attempt.token or f"{run.run}-a{attempt.number}"
-    trainer, end = world.trainer, terms.deadline(run)
+    trainer, end = world.trainer, terms.ends(run, now)
     if attempt.token is None:
         return w.StartTrainer(token, end)
     if trainer is None or (trainer.token != token and trainer.state != "absent"):

@@ -44,6 +44,25 @@ def deadline(run: RunRecord) -> datetime | None:
     return started + timedelta(seconds=run.max_seconds)
 
 
+def ends(run: RunRecord, now: datetime) -> datetime | None:
+    """When the run's time or its money is used up at the present rate, whichever comes first: the node's own deadline, and its lease.
+    None without a limit, or before anything was rented."""
+    end, speed = deadline(run), charges.rate(run)
+    if not run.max_micro_usd or not speed:
+        return end
+    lasts = now + timedelta(hours=max(0, run.max_micro_usd - charges.accrued(run, now)) / speed)
+    return min(end, lasts) if end is not None else lasts
+
+
+def grace_seconds(run: RunRecord) -> float:
+    """How long before its own deadline a node asks the trainer to end: a minute, or half of what the driver keeps back, who so
+    comes first where there is one."""
+    speed = charges.rate(run)
+    lasts = run.max_micro_usd * 3600 / speed if run.max_micro_usd and speed else None
+    shares = [seconds / 20 for seconds in (run.max_seconds, lasts) if seconds]
+    return min(COLLECT_RESERVE_SECONDS / 2, *shares)
+
+
 def reserve_seconds(run: RunRecord) -> float:
     """Time kept back for collecting before the deadline: two minutes, or a tenth of a short run."""
     return min(COLLECT_RESERVE_SECONDS, (run.max_seconds or 0) / 10)
@@ -103,5 +122,12 @@ def world_size(run: RunRecord, gpus: int) -> int:
 
 
 def lease_end(run: RunRecord, now: datetime) -> datetime:
-    """When a node that is launched now must be gone: the run's deadline; a day where the spec sets none."""
-    return deadline(run) or now + timedelta(days=1)
+    """When a node that is launched now must be gone: the run's deadline, or when its money would be used up if billing began at once;
+    a day where the spec sets neither. It is extended as the boot takes its unpaid time."""
+    limits = [deadline(run) or now + timedelta(days=1)]
+    attempt = run.attempt
+    speed = attempt.offer.tariff.micro_usd_per_hour * len(attempt.keys) if attempt is not None else 0
+    if run.max_micro_usd and speed:
+        left = max(0, run.max_micro_usd - charges.accrued(run, now))
+        limits.append(now + timedelta(hours=left / speed))
+    return min(limits)

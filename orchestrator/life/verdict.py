@@ -50,7 +50,9 @@ def _verdict(run: RunRecord, now: datetime) -> w.EndRun | None:
     if since and (since[-1].fatal is not None or last in {"failed", "trainer-failed", "refused", "host-key"}):
         return w.EndRun("failed", _failure(run, since[-1]))
     if last in {"trainer-stopped", "trainer-deadline"}:
-        return w.EndRun("stopped", "deadline" if last == "trainer-deadline" else "stopped on the node")
+        return w.EndRun(
+            "stopped", _limit(run, since[-1]) if last == "trainer-deadline" else "stopped on the node"
+        )
     if _spoiled(since):
         return w.EndRun("failed", _failure(run, since[-1]))
     if last in _REPLACE:
@@ -60,6 +62,13 @@ def _verdict(run: RunRecord, now: datetime) -> w.EndRun | None:
     elif last is not None and last not in _TRY_ANOTHER:
         return w.EndRun("failed", last)
     return w.EndRun("stopped", spent) if spent is not None else None
+
+
+def _limit(run: RunRecord, attempt: AttemptRecord) -> str:
+    """Which limit the node's own deadline stood for."""
+    end, armed = terms.deadline(run), attempt.trainer_deadline
+    money = armed is not None and (end is None or armed < end - timedelta(minutes=1))
+    return "budget" if money else "deadline"
 
 
 def _spoiled(since: Sequence[AttemptRecord]) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from orchestrator.life import terms
 from orchestrator.remote.node import Remote
 from orchestrator.site import findings
 from runs import tuning
@@ -132,6 +133,7 @@ def job(run: RunRecord, how: Start, secrets_file: str | None) -> dict[str, Any]:
         "secrets_file": secrets_file,
         "max_restarts": run.spec["node"]["max_restarts"],
         "deadline": how.deadline.timestamp() if how.deadline else None,
+        "grace_seconds": terms.grace_seconds(run),
         "nodes": nodes,
         "watch_interruption": how.environment.get("spot", False),
     }

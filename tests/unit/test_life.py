@@ -311,6 +311,42 @@ def test_a_run_that_was_extended_extends_the_lease_and_the_nodes_deadline() -> N
     assert isinstance(story.decide(story.trains(deadline=at(360_000))), w.Wait)
 
 
+def test_lease_and_the_nodes_own_deadline_end_with_the_money_where_that_comes_before_the_time() -> None:
+    story = Story(max_micro_usd=36_000_000, max_seconds=100 * 3600.0).begun()  # an hour at 36 $/h
+    assert story.decide() == w.Launch(1, 0, OFFER, at(3600))
+
+    def leased(seconds: float) -> None:
+        marker = story.nodes[KEY].marker.model_copy(update={"lease_end": at(seconds)})
+        story.tell(e.LeaseExtended(at=story.now, marker=marker))
+
+    story.launched()
+    leased(3600)
+    assert isinstance(story.after(200).decide(story.looks(story.facts("booting"))), w.Wait)
+    assert story.after(200).decide(story.looks(story.facts("booting"))) == w.ExtendLease(KEY, at(4000))
+    leased(4000)
+    story.after(200).observed(not_before=story.now)
+    story.tell(e.NodeReady(at=story.now, boot_id="1"))
+    assert story.decide(story.looks(story.facts())) == w.ExtendLease(KEY, at(4200))
+    leased(4200)
+    story.after(30).prepared()
+    assert story.decide(story.looks(story.facts())) == w.StartTrainer(f"{RUN}-a1", at(4200))
+    assert terms.grace_seconds(story.record) == 60.0
+    story.tell(e.TrainerStarted(at=story.now, attempt=1, token=f"{RUN}-a1", deadline=at(4200)))
+    assert isinstance(story.after(601).decide(story.trains(deadline=at(4200))), w.Wait)
+    story.tell(e.LimitsRaised(at=story.now, max_micro_usd=72_000_000))
+    assert story.decide(story.trains(deadline=at(4200))) == w.ExtendLease(KEY, at(7800))
+    leased(7800)
+    assert story.decide(story.trains(deadline=at(4200))) == w.StartTrainer(f"{RUN}-a1", at(7800))
+
+
+def test_a_node_that_stopped_by_itself_says_which_limit_it_was() -> None:
+    for limits, reason in (((36_000_000, 100 * 3600.0), "budget"), ((None, 3600.0), "deadline")):
+        story = Story(max_micro_usd=limits[0], max_seconds=limits[1]).training()
+        story.tell(e.TrainerStarted(at=story.now, attempt=1, token=f"{RUN}-a1", deadline=at(3600)))
+        story.ended("deadline").terminated().gone().attempt_ended("trainer-deadline")
+        assert story.decide() == w.EndRun("stopped", reason)
+
+
 def test_the_deadline_of_a_resumed_run_counts_anew() -> None:
     story = Story(max_seconds=3600.0).training().seen(50, here=True).after(60).stop().ended("stopped")
     story.terminated().gone().attempt_ended("trainer-stopped").tell(
