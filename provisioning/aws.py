@@ -73,6 +73,8 @@ _REFUSED = {
 }  # fmt: skip
 _BUSY = frozenset({"RequestLimitExceeded", "Throttling", "ThrottlingException", "TooManyRequestsException", "SlowDown",
                    "InternalError", "InternalFailure", "ServiceUnavailable", "Unavailable", "RequestTimeout"})  # fmt: skip
+DENIED = frozenset({"UnauthorizedOperation", "AccessDenied", "AccessDeniedException"})
+"""Not allowed, to credentials that are known."""
 GONE = frozenset({"InvalidInstanceID.NotFound", "InvalidInstanceID.Malformed", "InvalidInstanceId"})
 
 

@@ -11,10 +11,10 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from provisioning import ec2_check, ec2_launch, ec2_market, ec2_offers
 from provisioning.aws import GONE, Aws
@@ -33,6 +33,7 @@ from provisioning.base import (
 )
 from runs.facts import ENDED, Inventory, Marker, NodeFacts, NodeStatus, Offer, key_of
 
+R = TypeVar("R")
 _STATUSES: dict[str, NodeStatus] = {
     "pending": "booting",
     "running": "active",
@@ -140,7 +141,7 @@ class Ec2:
     def inventory(self) -> Inventory:
         """See Provider. While a run is driven, the security group follows this machine's address from here."""
         at = datetime.now(UTC)
-        found = ec2_market.side_by_side(self._region_nodes, self._regions(self._hardware))
+        found = self._everywhere(self._region_nodes, self._hardware)
         nodes = [node for part in found for node in part]
         if self._hardware and any(
             node.owner == self._home.owner and node.status not in _OVER for node in nodes
@@ -154,13 +155,15 @@ class Ec2:
         """See Provider. Only "not found" in each region that may have it is a None."""
         if not re.fullmatch(r"i-[0-9a-f]+", node_id):
             return None
+        filters = [{"Name": "instance-id", "Values": [node_id]}]
+
+        def look(region: str) -> NodeFacts | None:
+            raw = next(self._instances(region, filters), None)
+            return self._facts(raw, region) if raw is not None else None
+
         known = self._places.get(node_id)
-        for region in [known] if known else self._regions(self._hardware):
-            filters = [{"Name": "instance-id", "Values": [node_id]}]
-            found = next(self._instances(region, filters), None)
-            if found is not None:
-                return self._facts(found, region)
-        return None
+        found = [look(known)] if known else self._everywhere(look, self._hardware)
+        return next((node for node in found if node is not None), None)
 
     def _region_nodes(self, region: str) -> list[NodeFacts]:
         return [self._facts(raw, region) for raw in self._instances(region, [])]
@@ -253,7 +256,7 @@ class Ec2:
 
     def leftovers(self) -> Sequence[str]:
         """See Provider: volumes that no instance has, and spot requests that may still start one."""
-        return [text for part in ec2_market.side_by_side(self._leftovers, self._regions({})) for text in part]
+        return [text for part in self._everywhere(self._leftovers, {}) for text in part]
 
     def _leftovers(self, region: str) -> list[str]:
         free = [{"Name": "status", "Values": ["available"]}]
@@ -293,6 +296,11 @@ class Ec2:
                 hint=f"it has {', '.join(self._known_regions)}; others are switched on under Account → AWS Regions",
             )  # fmt: skip
         return asked or self._known_regions
+
+    def _everywhere(self, look: Callable[[str], R], hardware: Mapping[str, object]) -> list[R]:
+        """What `look` finds in the regions of a hardware section."""
+        asked = bool(texts(hardware, "regions"))
+        return ec2_market.in_regions(look, self._regions(hardware), asked=asked)
 
     def _within_subnet(
         self, zones: dict[str, list[str]], hardware: Mapping[str, object]

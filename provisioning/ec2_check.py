@@ -6,11 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from provisioning import ec2_launch
-from provisioning.aws import POLICY, Aws
+from provisioning.aws import DENIED, POLICY, Aws
 from provisioning.base import Check, CredentialsError, ProviderError
 from provisioning.ec2_market import PRICE_LIST_REGION
 
-_DENIED = frozenset({"UnauthorizedOperation", "AccessDenied", "AccessDeniedException"})
 _NOBODY = "i-00000000000000000"
 
 
@@ -64,7 +63,7 @@ def _denied(probe: Callable[[], Any]) -> bool:
     try:
         probe()
     except ProviderError as error:
-        return error.code in _DENIED
+        return error.code in DENIED
     return False
 
 

@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
-from provisioning.aws import Aws
+from provisioning.aws import DENIED, Aws
 from provisioning.base import CredentialsError, Unavailable, texts
 from provisioning.ec2_offers import FAMILIES, Kind, Priced, kind, on_demand, region_of
 from runs.rows import MICRO
@@ -34,6 +34,26 @@ def side_by_side(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
         return [work(item) for item in things]
     with ThreadPoolExecutor(min(SIDE_BY_SIDE, len(things)), thread_name_prefix="aws") as pool:
         return list(pool.map(work, things))
+
+
+def in_regions(look: Callable[[str], R], regions: Sequence[str], *, asked: bool) -> list[R]:
+    """What `look` finds in each region. Organisations forbid regions that they do not use: unless these were asked for, one in which
+    these credentials may not look has nothing of theirs, as long as they may look somewhere."""
+    refusals: list[CredentialsError] = []
+
+    def tried(region: str) -> list[R]:
+        try:
+            return [look(region)]
+        except CredentialsError as error:
+            if asked or error.code not in DENIED:
+                raise
+            refusals.append(error)
+            return []
+
+    found = [item for part in side_by_side(tried, regions) for item in part]
+    if refusals and not found:
+        raise refusals[0]
+    return found
 
 
 @cache
@@ -67,7 +87,7 @@ def places(
     kinds: dict[str, Kind] = {}
     zones: dict[str, list[str]] = {}
     wanted_zones = {name for name in texts(hardware, "regions") if name != region_of(name)}
-    for found, there in side_by_side(look, regions):
+    for found, there in in_regions(look, regions, asked=bool(texts(hardware, "regions"))):
         kinds.update({item.name: item for item in found})
         names = {item.name for item in found}
         for name, zone in sorted(there):

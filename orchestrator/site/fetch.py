@@ -138,7 +138,7 @@ def _from_bucket(store: Store, run: RunRecord, item: CheckpointRecord, folder: P
         folder.mkdir(parents=True, exist_ok=True)
         whole = pushed.fetch(bucket, match, folder)
     except (ProviderError, collect.VerificationError):
-        if any(node.alive and node.ip for node in run.attempt_nodes()):
+        if any(node.alive and node.ip for node in run.nodes):
             return None  # the node may have it
         raise
     _note(store, run, whole)

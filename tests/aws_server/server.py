@@ -67,6 +67,8 @@ class AwsServer(Market):
         """Zones, or types in zones (`g5.xlarge/us-east-1a`)."""
         self.denied: set[str] = set()
         """Actions (`RunInstances`) that this identity may not do."""
+        self.denied_regions: set[str] = set()
+        """Regions in which it may do nothing."""
         self.honour_tokens = True
         self.ignore_user_data = False
         self.boots = True
@@ -228,7 +230,7 @@ class AwsServer(Market):
     def _answer(self, environ: dict[str, Any], name: str, parameters: dict[str, str], region: str) -> Answer:
         service, _, action = name.partition(" ")
         action = action.split(" ")[0] if service != "s3" else action
-        if action in self.denied:
+        if action in self.denied or (service == "ec2" and region in self.denied_regions):
             return error(
                 service, "UnauthorizedOperation" if service == "ec2" else "AccessDeniedException", 403
             )

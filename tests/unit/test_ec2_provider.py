@@ -206,6 +206,20 @@ def test_a_read_that_fails_is_unavailable_not_an_empty_list(aws: AwsServer, prov
         provider.inventory()
 
 
+def test_regions_that_the_organisation_forbids_have_nothing_unless_they_were_asked_for(
+    aws: AwsServer, tmp_path: Path
+) -> None:
+    node_id = (everywhere := made(tmp_path, regions=[])).launch(request(everywhere))
+    aws.denied_regions = {"us-west-2", "us-east-2"}
+    fresh = made(tmp_path, regions=[])
+    assert [node.id for node in fresh.inventory().nodes] == [node_id]
+    assert {offer.region[:-1] for offer in fresh.offers({**HARDWARE, "regions": []})} == {"us-east-1"}
+    assert made(tmp_path, regions=[]).find("i-0123456789abcdef0") is None
+    with pytest.raises(CredentialsError):
+        made(tmp_path, regions=["us-west-2"]).inventory()
+    fresh.terminate(node_id)
+
+
 def test_extend_moves_name_and_tag(provider: ec2.Ec2) -> None:
     wanted = request(provider)
     node_id = provider.launch(wanted)
