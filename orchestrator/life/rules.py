@@ -148,9 +148,11 @@ def _limits(run: RunRecord, world: w.World, now: datetime) -> w.Effect | w.Wait 
     for node in run.attempt_nodes():
         tried = world.lease_tried_at.get(node.key)
         again = tried is None or now - tried >= LEASE_RETRY
+        if end is None or not node.alive or not again:
+            continue
         # A boot that is not paid moves the end of the money on and on: followed in strides.
-        slack = BOOT_STRIDE if node.active_at is None else timedelta()
-        if node.alive and end is not None and end > node.marker.lease_end + slack and again:
+        slack = min(BOOT_STRIDE, (end - now) / 2) if node.active_at is None else timedelta()
+        if end > node.marker.lease_end + slack:
             return w.ExtendLease(node.key, end)
     if left is None or left[0] <= 0 or left[0] == math.inf:
         return None

@@ -6,8 +6,10 @@ Each case ends with no instance left (the server's teardown checks it) and at mo
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -255,6 +257,28 @@ def test_a_bucket_for_checkpoints_that_is_missing_is_met_before_anything_is_rent
     failed = cli.run("launch", "run.yaml", "-y", code=3)
     assert "NoSuchBucket" in failed.stderr and "aws s3 mb s3://no-such-bucket" in failed.stderr
     assert server.instances() == [] and [row for row in cli.json("status") if row["run"]] == []
+
+
+@pytest.mark.harness
+def test_a_machine_that_vanished_leaves_no_bill_behind(rented: Make) -> None:
+    """Nobody is left to end the node: its lease does, which is as long as its money lasts, though a day of hours is allowed."""
+    server, cli = rented()
+    (cli.home / "run.yaml").write_text(
+        spec(hardware=HARDWARE, budget={"max_usd": 0.02, "max_hours": 24}, train__steps=500_000,
+             checkpoint={"every_steps": 100_000}, trainer={"path": plain_trainer(cli.home)})
+    )  # fmt: skip
+    cli.run("launch", "run.yaml", "-y", "--detach")
+    run = cli.only()
+    cli.wait(lambda: (cli.row(run)["step"] or 0) > 20)
+    os.kill(cli.driver_pid(run), signal.SIGKILL)
+    (node_id,) = server.alive()
+    cli.wait(lambda: not server.alive(), 240)
+    assert server.sent("TerminateInstances") == []
+    (ended,) = [item for item in server.instances() if item.id == node_id]
+    assert ended.state_reason.code == "Client.InstanceInitiatedShutdown"
+    assert "has no driver" in cli.run("status").stderr
+    cli.run("stop", run, code=None)
+    assert cli.show(run)["cost_usd"] <= 0.02 + 3 * 1.03 / 60
 
 
 def test_bad_credentials_are_exit_code_4(rented: Make) -> None:
