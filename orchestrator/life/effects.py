@@ -355,7 +355,7 @@ class Hands:
         self.commit((e.run_stream(run.run), ended))
 
 
-def _advised(error: ProviderError) -> str:
+def _advised(error: ProviderError | KeyFileError) -> str:
     """An error and its next step: what ends a run is read where nothing else tells."""
     return f"{error}; {error.hint}" if error.hint else str(error)
 

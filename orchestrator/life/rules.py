@@ -27,6 +27,8 @@ MAX_STARTS = 8
 """Starts of the supervisor on one attempt (it died, the node rebooted) before its node is given up."""
 FRESH = timedelta(minutes=2)
 """A list that is older says nothing about a node that does not answer."""
+SAME_END = timedelta(minutes=1)
+"""Deadlines that are no further apart are one."""
 BOOT_STRIDE = timedelta(minutes=5)
 """By so much the lease of a booting node may be shorter than its money lasts."""
 LEASE_RETRY = timedelta(minutes=1)
@@ -301,7 +303,9 @@ def _prepare(
 def _train(run: RunRecord, attempt: AttemptRecord, world: w.World, now: datetime) -> w.Effect | w.Wait | None:
     """Start the trainer, keep it started, and stop it when the run is to end."""
     token = attempt.token or f"{run.run}-a{attempt.number}"
-    trainer, end = world.trainer, terms.ends(run, now)
+    trainer, end, armed = world.trainer, terms.ends(run, now), attempt.trainer_deadline
+    if end is not None and armed is not None and abs(end - armed) <= SAME_END:
+        end = armed  # rounding moves the end of the money a little: that is no new deadline
     if attempt.token is None:
         return w.StartTrainer(token, end)
     if trainer is None or (trainer.token != token and trainer.state != "absent"):
@@ -317,11 +321,7 @@ def _train(run: RunRecord, attempt: AttemptRecord, world: w.World, now: datetime
         checkpoint = run.stop is None or run.stop.checkpoint
         asked = trainer.state == "stopping" and (checkpoint or not trainer.graceful)
         return w.Wait(60.0, "stopping") if asked else _ask_stop(world, checkpoint, now)
-    if (
-        trainer.deadline is not None
-        and end is not None
-        and abs(trainer.deadline - end) > timedelta(minutes=1)
-    ):
+    if trainer.deadline is not None and end is not None and abs(trainer.deadline - end) > SAME_END:
         return _start_again(attempt, token, end, world, now)
     return w.Wait(60.0, "training")
 

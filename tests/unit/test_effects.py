@@ -147,7 +147,7 @@ def test_a_key_that_went_away_refuses_the_launch(tmp_path: Path) -> None:
     bench.hands.request = request
     bench.do(w.Launch(1, 0, OFFER, at(90)))
     assert bench.provider.calls == [] and bench.node.answer == "refused"
-    assert bench.node.refusal == "identity_file: /nope: No such file or directory"
+    assert bench.node.refusal == "identity_file: /nope: No such file or directory; name a readable one"
 
 
 @pytest.mark.parametrize(
