@@ -184,6 +184,16 @@ BUGS = (
         ("simulation", "tests/unit/test_charges.py"),
     ),
     Bug(
+        "a bill whose end nobody saw is the whole truth",
+        ((CHARGES, "return end, _seen_until(node, end)", "return end, True"),),
+        ("tests/unit/test_charges.py",),
+    ),
+    Bug(
+        "what its node has let go is waited for",
+        ((LIFE, "if finished or item.gone else item.fetched", "if finished else item.fetched"),),
+        (TEST_LIFE,),
+    ),
+    Bug(
         "each phase is rounded by itself",
         (
             (
