@@ -86,7 +86,7 @@ def no_space_there(case: Case) -> End:
     homes = case.cloud.directory / "state" / "homes"
     disk.mount(homes, 256)
     case.afterwards.append(partial(disk.unmount, homes))
-    case.launch()
+    case.launch(node={"max_restarts": 1})
     case.at_step(most=EVERY)
     filler = disk.fill(homes)
     case.injected += 1
