@@ -237,7 +237,8 @@ class Rules:
             bill = charges.node_bill(node, self.s.now())
             billed = bill.seconds if bill is not None else 0.0
             truth = charges.billed(seconds, node.offer.tariff) if seconds > 0 else 0.0
-            doubt = 60.0 if node.active_at is None else 2.0  # of a minute in which it was never seen active
+            # A minute in which it was never seen active, or not under its name, is in doubt (charges.DOUBT).
+            doubt = 60.0 if node.active_at is None or "late-echo" in machine.faults else 2.0
             lived = (bill.end - bill.start).total_seconds() if bill is not None else 0.0
             if node.answer == "abandoned" and not machine.alive(self.s.t):
                 continue  # it came late or was called by a driver that died, and ended unseen: only an audit could tell
