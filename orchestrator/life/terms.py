@@ -51,6 +51,7 @@ def ends(run: RunRecord, now: datetime) -> datetime | None:
     if not run.max_micro_usd or not speed:
         return end
     lasts = now + timedelta(hours=max(0, run.max_micro_usd - charges.accrued(run, now)) / speed)
+    lasts = lasts.replace(microsecond=0)  # the rounding of money is no later end
     return min(end, lasts) if end is not None else lasts
 
 

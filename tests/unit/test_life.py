@@ -332,7 +332,7 @@ def test_lease_and_the_nodes_own_deadline_end_with_the_money_where_that_comes_be
     assert story.decide(story.looks(story.facts())) == w.StartTrainer(f"{RUN}-a1", at(4200))
     assert terms.grace_seconds(story.record) == 60.0
     story.tell(e.TrainerStarted(at=story.now, attempt=1, token=f"{RUN}-a1", deadline=at(4200)))
-    assert isinstance(story.after(601.00003).decide(story.trains(deadline=at(4200))), w.Wait)
+    assert isinstance(story.after(601.00007).decide(story.trains(deadline=at(4200))), w.Wait)
     gone = w.World(**{**vars(story.looks(story.facts())), "trainer": story.trains("absent").trainer})
     again = story.decide(gone)
     assert again == w.StartTrainer(f"{RUN}-a1", at(4200)), (
