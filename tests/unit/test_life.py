@@ -338,7 +338,7 @@ def test_lease_and_the_nodes_own_deadline_end_with_the_money_where_that_comes_be
     assert again == w.StartTrainer(f"{RUN}-a1", at(4200)), (
         "the same deadline, to the microsecond: a new start is counted"
     )
-    story.tell(e.LimitsRaised(at=story.now, max_micro_usd=72_000_000))
+    story.after(0.99993).tell(e.LimitsRaised(at=story.now, max_micro_usd=72_000_000))
     assert story.decide(story.trains(deadline=at(4200))) == w.ExtendLease(KEY, at(7800))
     leased(7800)
     assert story.decide(story.trains(deadline=at(4200))) == w.StartTrainer(f"{RUN}-a1", at(7800))
