@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from tests import tiny_models
 from tests.cli import Cli
@@ -74,3 +76,34 @@ def test_a_run_is_tuned_and_measured_on_nodes(cli: Cli, tmp_path: Path) -> None:
     there = next(row for row in cli.json("compare") if row["name"] == "evaluate")
     here = cli.json("evaluate", "demo", "--data", str(shard), "--tokens", "640")["results"][0]
     assert there["test_loss"] == pytest.approx(here["loss"], abs=1e-4)
+
+
+def test_a_sweep_tunes_one_base_on_one_node(cli: Cli) -> None:
+    """Two ranks of LoRA: each run once, its adapters beside the merged weights."""
+    cli.run("init", "tune.yaml", "--recipe", "finetune")
+    same = {
+        "tune.base": "demo",
+        "tune.train.epochs": 1,
+        "tune.train.processes_per_node": 1,
+        "evaluate.prompts": [],
+    }
+    values = {
+        "name": "ranks",
+        "spec": "tune.yaml",
+        "budget": {"max_usd": 1},
+        "runs": [same],
+        "grid": {"tune.lora.rank": [2, 4]},
+    }
+    (cli.home / "sweep.yaml").write_text(json.dumps(values))
+    first = cli.json("sweep", "sweep.yaml", "-y")
+    assert [item["state"] for item in first["runs"]] == ["succeeded"] * 2
+    assert len({node for item in first["runs"] for node in item["nodes"]}) == 1
+    for item in first["runs"]:
+        (best,) = [one for one in cli.show(item["run"])["checkpoints"] if one["best"]]
+        shapes = {
+            tuple(tensor.shape) for tensor in load_file(Path(best["path"]) / "adapter.safetensors").values()
+        }
+        assert {min(shape) for shape in shapes} == {item["overrides"]["tune.lora.rank"]}
+    assert [item["run"] for item in cli.json("sweep", "sweep.yaml", "-y")["runs"]] == [
+        item["run"] for item in first["runs"]
+    ]
