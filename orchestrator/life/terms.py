@@ -61,7 +61,7 @@ def grace_seconds(run: RunRecord) -> float:
     speed = charges.rate(run)
     lasts = run.max_micro_usd * 3600 / speed if run.max_micro_usd and speed else None
     shares = [seconds / 20 for seconds in (run.max_seconds, lasts) if seconds]
-    return min(COLLECT_RESERVE_SECONDS / 2, *shares)
+    return min([COLLECT_RESERVE_SECONDS / 2, *shares])
 
 
 def reserve_seconds(run: RunRecord) -> float:

@@ -286,6 +286,10 @@ def test_the_wait_ends_when_the_budget_does() -> None:
     assert answer.seconds <= 60.0
 
 
+def test_a_run_without_limits_has_a_minute_of_grace() -> None:
+    assert terms.grace_seconds(Story().training().record) == 60
+
+
 def test_collecting_ends_with_the_money() -> None:
     story = Story(max_micro_usd=6_000_000).training().seen(50).after(300)
     story.tell(e.StopRequested(at=story.now, reason="budget")).ended("stopped").after(5)
