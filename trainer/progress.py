@@ -106,6 +106,29 @@ class Status:
             write_json(self._out / "status.json", {**self._fields, "time": clock.now()})
 
 
+class Voice:
+    """What one process of a run says, and whether it was told to stop. Rank 0 alone owns the two files."""
+
+    stop: threading.Event
+    status: Status | None
+    metrics: Metrics | None
+
+    @property
+    def stopping(self) -> bool:
+        """Whether this rank knows of a request to stop."""
+        return self.stop.is_set() or (self.status is not None and self.status.stop.is_set())
+
+    def tell(self, **fields: Any) -> None:
+        """Update status.json, on the rank that owns it."""
+        if self.status is not None:
+            self.status.update(**fields)
+
+    def record(self, *records: dict[str, Any]) -> None:
+        """Append to metrics.jsonl, on the rank that owns it."""
+        if self.metrics is not None:
+            self.metrics.write(*records)
+
+
 def report_failure(out: Path, reason: str, message: str) -> None:
     """Leave word of a failure on a rank that does not own status.json."""
     with contextlib.suppress(OSError):

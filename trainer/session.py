@@ -26,11 +26,11 @@ from trainer.config import ConfigError, TrainerConfig
 from trainer.distributed import World
 from trainer.model import GPT, fill, initial_weights, padded
 from trainer.optim import Optimizer
-from trainer.progress import Metrics, Status, log
+from trainer.progress import Metrics, Status, Voice, log
 
 
 @dataclass
-class Run:
+class Run(Voice):
     """Everything that one process holds while it trains."""
 
     config: TrainerConfig
@@ -55,21 +55,6 @@ class Run:
     saved_at: float = 0.0
     pending: list[Pending] = field(default_factory=list)
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=51))
-
-    @property
-    def stopping(self) -> bool:
-        """Whether this rank knows of a request to stop."""
-        return self.stop.is_set() or (self.status is not None and self.status.stop.is_set())
-
-    def tell(self, **fields: Any) -> None:
-        """Update status.json, on the rank that owns it."""
-        if self.status is not None:
-            self.status.update(**fields)
-
-    def record(self, *records: dict[str, Any]) -> None:
-        """Append to metrics.jsonl, on the rank that owns it."""
-        if self.metrics is not None:
-            self.metrics.write(*records)
 
 
 @dataclass

@@ -19,7 +19,7 @@ from trainer.config import ConfigError, ModelConfig, TrainerConfig
 from trainer.distributed import World
 from trainer.model import GPT, unpadded
 from trainer.optim import Optimizer
-from trainer.progress import Metrics, Status
+from trainer.progress import Metrics, Status, Voice
 
 
 @dataclass
@@ -88,7 +88,7 @@ class Trainable:
 
 
 @dataclass
-class Session(Generic[Example]):
+class Session(Voice, Generic[Example]):
     """Everything that one process holds while it tunes."""
 
     work: Work[Example]
@@ -121,18 +121,3 @@ class Session(Generic[Example]):
     def over(self) -> bool:
         """Whether nothing is left to train."""
         return self.step >= self.work.config.steps or self.rises >= self.work.settings.patience
-
-    @property
-    def stopping(self) -> bool:
-        """Whether this rank knows of a request to stop."""
-        return self.stop.is_set() or (self.status is not None and self.status.stop.is_set())
-
-    def tell(self, **fields: Any) -> None:
-        """Update status.json, on the rank that owns it."""
-        if self.status is not None:
-            self.status.update(**fields)
-
-    def record(self, *records: dict[str, Any]) -> None:
-        """Append to metrics.jsonl, on the rank that owns it."""
-        if self.metrics is not None:
-            self.metrics.write(*records)
