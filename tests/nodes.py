@@ -184,6 +184,9 @@ class Proxy:
         self.connections = 0
         self.bytes = 0
         """Carried so far, both ways."""
+        self.exchanges = 0
+        """How often the far end had something to say after the near end had."""
+        self._asked = False
         self.cut_at: int | None = None
         """Cut once, when so many bytes were carried."""
         ready = threading.Event()
@@ -254,19 +257,21 @@ class Proxy:
             writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._writers |= {back, forth}
         tasks = {
-            asyncio.ensure_future(self._carry(near, forth)),
-            asyncio.ensure_future(self._carry(far, back)),
+            asyncio.ensure_future(self._carry(near, forth, asks=True)),
+            asyncio.ensure_future(self._carry(far, back, asks=False)),
         }
         self._carrying |= tasks
         await asyncio.wait(tasks)
         self._carrying -= tasks
         self._writers -= {back, forth}
 
-    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, asks: bool) -> None:
         try:
             while data := await reader.read(1 << 18):
                 await self._flowing.wait()
                 self.bytes += len(data)
+                self.exchanges += self._asked and not asks
+                self._asked = asks
                 if self.cut_at is not None and self.bytes >= self.cut_at:
                     self.cut_at = None
                     self._reset()

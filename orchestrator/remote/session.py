@@ -69,7 +69,7 @@ class Session:
         self.pid: int | None = None
         """Process id on the node, once it is known."""
         self._head = b""
-        self._channel: paramiko.Channel = link.open_channel(window, timeout)
+        self._channel: paramiko.Channel = link.channel(window, timeout)
         try:
             self._channel.settimeout(timeout)
             self._channel.exec_command(line)

@@ -265,15 +265,31 @@ def test_login_takes_no_key_from_home(node: Node, tmp_path: Path, monkeypatch: p
         Remote(dataclasses.replace(node.address, port=1)).run(["true"])
 
 
-def test_round_trips_of_a_warm_command(node: Node) -> None:
-    """One exchange: what the wire carries for a command is a few packets, not a handshake."""
+def test_a_command_on_a_warm_connection_is_one_exchange(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No handshake, and no channel to be opened first: the question goes there, and what it left comes back."""
+    monkeypatch.setattr(connection, "FIRST_PROBES", 0)  # whose own exchanges would be counted too
+    with Proxy(node.address.port, 0.1) as proxy, node.at(proxy.port).remote() as remote:
+        remote.run(["true"])
+        exchanges, carried = proxy.exchanges, proxy.bytes
+        for _ in range(5):
+            assert remote.run(["echo", "x"]).text == "x"
+        assert proxy.exchanges - exchanges <= 5 + 1, "one each, and what was still under way"
+        assert (proxy.bytes - carried) / 5 < 2000
+        assert proxy.connections == 1
+
+
+def test_a_link_that_was_not_heard_of_is_asked_before_a_command_is_sent(node: Node) -> None:
+    """After the sleep of this machine no command is lost with the link."""
     with Proxy(node.address.port) as proxy, node.at(proxy.port).remote() as remote:
         remote.run(["true"])
-        before = proxy.bytes
-        for _ in range(10):
-            remote.run(["true"])
-        assert (proxy.bytes - before) / 10 < 2000
-        assert proxy.connections == 1
+        link = remote._link
+        assert link is not None
+        link._heard_at -= 3600
+        opened: list[object] = []
+        open_channel = link.open_channel
+        link.open_channel = lambda *a: opened.append(a) or open_channel(*a)  # type: ignore[method-assign]
+        assert remote.run(["echo", "x"]).text == "x"
+        assert len(opened) == 1
 
 
 def test_round_trip_is_the_links_and_no_commands(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
