@@ -17,17 +17,14 @@ from pathlib import Path
 
 from benchmarks.measure import in_turns, load
 
-CHART = (
-    "import sys; from pathlib import Path; from runs.series import series; "
-    "assert len(series(Path(sys.argv[1]), 'loss', 300).values) > 250"
-)
+CHARTED = "base-00000"
 
 
 def fill(home: Path, count: int) -> None:
     """A store of `count` runs."""
     from tests.seeds import Seed
 
-    first = Seed(home, "base-00000").finished()
+    first = Seed(home, CHARTED).finished()
     first.store.close()
     with closing(sqlite3.connect(home / "llmctl.db")) as db, db:
         for table in ("runs", "nodes", "events"):
@@ -50,11 +47,12 @@ def _other(value: object, number: int, count: int) -> object:
     if not isinstance(value, str):
         return value
     loss = f'"validation_loss": {2 + number / count:.6f}'
-    return value.replace("base-00000", f"base-{number:05}").replace('"validation_loss": 2.7', loss)
+    return value.replace(CHARTED, f"base-{number:05}").replace('"validation_loss": 2.7', loss)
 
 
 def log(path: Path, lines: int) -> None:
     """A metrics.jsonl as the trainer writes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         for step in range(1, lines + 1):
             file.write(
@@ -76,12 +74,12 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as name:
         home = Path(name)
         fill(home, asked.runs)
-        log(home / "metrics.jsonl", asked.lines)
+        log(home / "runs" / CHARTED / "metrics.jsonl", asked.lines)
         env = {"PATH": os.environ["PATH"], "HOME": name, "LLMCTL_HOME": name, "NO_COLOR": "1"}
         words = (["status"], ["status", "--json"], ["compare"], ["compare", "--json"])
         commands = {f"llmctl {' '.join(item)}": ([ours, *item], env) for item in words}
         chart = f"chart of {asked.lines:,} lines"
-        commands[chart] = ([sys.executable, "-c", CHART, str(home / "metrics.jsonl")], env)
+        commands[chart] = ([ours, "compare", CHARTED, "--plot"], env)
         print(f"{load()}; {asked.runs:,} runs, a store of {(home / 'llmctl.db').stat().st_size / 1e6:.0f} MB")
         print(f"{'command':26}{'wall s':>8}{'best s':>8}{'cpu s':>8}  target")
         for what, item in in_turns(commands, asked.rounds).items():
