@@ -116,3 +116,19 @@ def test_a_folder_cannot_be_followed(node: Node, tmp_path: Path) -> None:
     with Follower(node, "folder") as follower:
         until(lambda: follower.error)
     assert isinstance(follower.error, CommandFailed)
+
+
+def test_a_reader_that_takes_nothing_is_sent_one_window(node: Node) -> None:
+    """Catching up with a long log holds no more than that in memory, however slow the reader is."""
+    with (node.home / "log").open("wb") as log:
+        log.truncate(300 << 20)
+    with Proxy(node.address.port) as proxy, node.at(proxy.port).remote() as remote:
+        reader = follow(remote, "log")
+        seen = len(next(reader))
+        until(lambda: proxy.bytes > stream.WINDOW)
+        for _ in range(3):  # whatever else could be sent would come before the answers
+            remote.run(["true"])
+        assert proxy.bytes < stream.WINDOW * 1.25
+        while seen < 3 * stream.WINDOW:
+            seen += len(next(reader))
+        assert proxy.bytes < stream.WINDOW * 5
