@@ -1,6 +1,6 @@
 """Bytes, commands and log lines between here and a node, beside what plain OpenSSH does on the same link in the same run.
 
-    python -m benchmarks.transfer [--server local|sshd] [--delay-ms 0 70] [--megabytes 500] [--rounds 2] [--json FILE]
+    python -m benchmarks.transfer [--server local|sshd] [--delay-ms 0 70] [--sets "1 file" "100 shards"] [--megabytes 500] [--rounds 2] [--json FILE]
 
 Both ends are on this machine, the delay is made by a proxy in a process of its own: ratios mean something, absolute figures
 are this machine's. "plain" is the best of 1, 2, 4 and 8 `rsync -aW --inplace` processes, each with a connection of its own
@@ -79,14 +79,14 @@ def plain(node: Node, names: list[str], source: Path, target: Path, count: int, 
         raise SystemExit("a plain rsync failed")
 
 
-def files(node: Node, folder: Path, megabytes: int, rounds: int) -> list[dict[str, object]]:
-    """One large file and many shards, both ways."""
+SETS = {"1 file": 1, "100 shards": 100}
+
+
+def files(node: Node, folder: Path, sets: list[str], megabytes: int, rounds: int) -> list[dict[str, object]]:
+    """The sets of files, both ways."""
     rows: list[dict[str, object]] = []
-    sets = {
-        "1 file": [("big", megabytes)],
-        "100 shards": [(f"s{index}", megabytes // 100) for index in range(100)],
-    }
-    for what, wanted in sets.items():
+    for what in sets:
+        wanted = [(f"s{index}", megabytes // SETS[what]) for index in range(SETS[what])]
         source = folder / "source"
         shutil.rmtree(source, ignore_errors=True)
         source.mkdir()
@@ -253,6 +253,7 @@ def main() -> None:
     parser.add_argument("--server", choices=["local", "sshd"], default="local")
     parser.add_argument("--delay-ms", type=float, nargs="*", default=[0, 70])
     parser.add_argument("--megabytes", type=int, default=500)
+    parser.add_argument("--sets", choices=list(SETS), nargs="*", default=list(SETS))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
@@ -268,7 +269,9 @@ def main() -> None:
             for delay in asked.delay_ms:
                 with delayed(node, delay) as link:
                     show({"server": asked.server, "delay_ms": delay})
-                    rows = resync(link, folder) + files(link, folder, asked.megabytes, asked.rounds)
+                    rows = resync(link, folder) + files(
+                        link, folder, asked.sets, asked.megabytes, asked.rounds
+                    )
                     rows += logs(link, 1000) if not delay else []
                     found += [{"server": asked.server, "delay_ms": delay, **item} for item in rows]
                     stop_master(link)
