@@ -1,7 +1,7 @@
 """What each change in the trainer is worth on this machine: the ladder of docs/performance.md.
 
-    python benchmarks/trainer.py ladder [--rounds 5]     every rung against the one below it
-    python benchmarks/trainer.py ratio  [--rounds 9]     the trainer against a plain compiled GPT-2
+    python benchmarks/trainer.py ladder [--rounds 5] [--last N]     every rung, or the last ones, against the one below
+    python benchmarks/trainer.py ratio  [--rounds 9]                the trainer against a plain compiled GPT-2
 
 Two processes hold one variant each and take turns, a few steps at a time, so that whatever else the machine does hits
 both; medians over all turns count. 6 layers x 384, context 256, batch 8, vocabulary 50,257, untied, float32 unless a
@@ -183,6 +183,7 @@ def main():
     parser.add_argument("what", choices=["ladder", "ratio", "worker"])
     parser.add_argument("variant", nargs="?")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--last", type=int, default=len(RUNGS) - 1, metavar="N", help="only the last N rungs")
     options = parser.parse_args()
     if options.what == "worker":
         worker(json.loads(options.variant))
@@ -208,8 +209,10 @@ def main():
         return
     variant = RUNGS[0][1]
     print("| change | before, tok/s | after, tok/s | ratio |\n|---|---|---|---|")
-    for name, change in RUNGS[1:]:
+    for number, (name, change) in enumerate(RUNGS[1:], 1):
         before, variant = variant, {**variant, **change}
+        if number < len(RUNGS) - options.last:
+            continue
         slow, fast = compare(before, variant, options.rounds)
         print(f"| {name} | {slow:,.0f} | {fast:,.0f} | {fast / slow:.2f} |", flush=True)
 
