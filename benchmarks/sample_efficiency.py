@@ -82,7 +82,7 @@ def main() -> None:
         for corpus, text in corpora.items():
             data = shards(corpus, text, folder)
             found = {}
-            for rate in (2e-3, 4e-3, 8e-3):
+            for rate in (1e-3, 2e-3, 4e-3):
                 out = folder / f"{corpus}-gpt2-{rate}"
                 found[rate] = final_loss(GPT2, data, steps=options.steps, learning_rate=rate, out=out)
                 print(
