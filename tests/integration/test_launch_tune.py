@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
@@ -107,3 +111,35 @@ def test_a_sweep_tunes_one_base_on_one_node(cli: Cli) -> None:
     assert [item["run"] for item in cli.json("sweep", "sweep.yaml", "-y")["runs"]] == [
         item["run"] for item in first["runs"]
     ]
+
+
+@pytest.mark.harness
+def test_a_kill_in_the_middle_of_an_epoch_costs_that_epoch_at_most(cli: Cli) -> None:
+    """kill -9 of every trainer process and of the driver: each step is there once, the best epoch is kept, one node."""
+    cli.run("init", "tune.yaml", "--recipe", "finetune")
+    words = ("tune.base=demo", "tune.train.epochs=6", "tune.train.patience=6", "evaluate.prompts=[]")
+    cli.run("launch", "tune.yaml", "--detach", "-y", *(word for item in words for word in ("--set", item)))
+    run = cli.wait(
+        lambda: next((row["run"] for row in cli.json("status") if row["name"] == "finetune"), None)
+    )
+    cli.wait(
+        lambda: (
+            cli.row(run)["step"]
+            and len([line for line in cli.metrics(run) if line["kind"] == "checkpoint"]) >= 2
+        )
+    )
+    os.kill(cli.driver_pid(run), signal.SIGKILL)
+    for process in cli.processes():
+        with contextlib.suppress(psutil.NoSuchProcess):  # torchrun, once it is dead, takes its own along
+            if "trainer.after.finetune" in process.cmdline():
+                process.kill()
+    cli.run("resume", run)
+    shown, lines = cli.show(run), cli.metrics(run)
+    steps = [line["step"] for line in lines if line["kind"] == "step"]
+    losses = {line["step"]: line["validation_loss"] for line in lines if line["kind"] == "validation"}
+    assert (shown["state"], steps) == ("succeeded", list(range(1, shown["summary"]["step"] + 1)))
+    (resumed,) = [line["step"] for line in lines if line["kind"] == "resume"]
+    assert resumed > 0 and resumed in losses
+    best = next(item for item in shown["checkpoints"] if item["best"])
+    assert losses[best["step"]] == min(losses.values()) and manifest.verify(Path(best["path"])) == []
+    assert len({node for attempt in shown["attempts"] for node in attempt["nodes"]}) == 1
