@@ -211,9 +211,9 @@ def test_instance_dies(rented: Make, phase: str, how: str) -> None:
     }[phase]
     cloud.wait_for(lambda _: reached(), 120)
     cloud.kill(cloud.machines()[0]["id"], how)
-    cli.run("resume", run)
+    cli.run("resume", run, code=None if phase == "collecting" else 0)  # where all was here, it is over by now
+    cli.wait(lambda: cli.show(run)["state"] == "succeeded")
     document = cli.show(run)
-    assert document["state"] == "succeeded"
     assert len(launches(cloud)) == 2 or phase == "collecting"  # all may have been here by then
     made = [line["step"] for line in cli.metrics(run) if line["kind"] == "step"]
     assert made == list(range(1, 401))
