@@ -22,7 +22,7 @@ quickstart: $(VENV)/.trainer
 
 ## Style, types, layers, and every test; real SSH, real rsync where it is installed, real two-process DDP.
 test: $(VENV)/.dev lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal -q
+	$(BIN)/python -m pytest -n 4 --dist worksteal -q
 
 ## The quick part of it.
 check: $(VENV)/.dev lint

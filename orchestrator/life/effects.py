@@ -244,7 +244,8 @@ class Hands:
         )
         outcome: e.NodeEvent
         try:
-            node_id = self.provider.launch(self.request(marker, effect.offer))
+            request = self.request(marker, effect.offer)
+            node_id = self.provider.launch(request)
         except (Refused, CredentialsError, InvalidHardware, KeyFileError) as error:
             sold_out = isinstance(error, NoCapacity)
             message = str(error) if sold_out else _advised(error)

@@ -31,8 +31,9 @@ BUGS = (
         (
             (
                 EFFECTS,
-                "        request = self.request(marker, effect.offer)\n",
-                "        request = self.request(marker, effect.offer)\n        early = self.provider.launch(request)\n",
+                "        stream = e.node_stream(marker.key)\n",
+                ("        stream = e.node_stream(marker.key)\n"
+                "        early = self.provider.launch(self.request(marker, effect.offer))\n"),
             ),
             (EFFECTS, "            node_id = self.provider.launch(request)\n", "            node_id = early\n"),
         ),
