@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from orchestrator.data.bases import fitting, locate, tokenizer_of
 from orchestrator.errors import Invalid
+from runs.store import default_home
 
 if TYPE_CHECKING:
     from trainer.config import TrainerConfig
@@ -47,6 +49,8 @@ def need_torch(device: str = "cpu") -> None:
             "pip install 'llmctl[trainer]'",
             code="no-extra",
         )
+    # Importing torch's compiler makes a folder, which would else be one in /tmp.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(default_home() / "cache" / "inductor"))
     if device == "cpu":
         return
     import torch

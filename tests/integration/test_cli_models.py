@@ -73,11 +73,15 @@ def test_a_run_s_loss_goes_into_its_record_and_the_table(cli: Cli, made: Any, tm
     assert len(cli.show(RUN)["summary"]["evaluations"]) == 2
 
 
-def test_text_is_the_model_s_own_and_is_printed_as_it_comes(cli: Cli, made: Any) -> None:
+def test_text_is_the_model_s_own_and_is_printed_as_it_comes(cli: Cli, made: Any, tmp_path: Path) -> None:
+    """And nothing is left in the temporary folder."""
+    (tmp_path / "temporary").mkdir()
+    cli.env["TMPDIR"] = str(tmp_path / "temporary")
     ready, how = open_model(made[0]), Drawing(temperature=0.0, tokens=12)
     prompts = ["The cat sat", "The dog"]
     told = cli.run("sample", RUN, *prompts, "--tokens", "12", "--temperature", "0").stdout
     assert told == "".join(f"{prompt}{complete(ready, prompt, how)}\n" for prompt in prompts)
+    assert list((tmp_path / "temporary").iterdir()) == []
 
 
 def test_an_export_opens_in_transformers_with_equal_logits_and_a_card(
