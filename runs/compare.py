@@ -238,7 +238,8 @@ def noise(entries: Sequence[Entry], loss: str, of: str | None, given: float | No
     if given is not None:
         return Noise(given, "given")
     groups: dict[str, list[float]] = {}
-    for item, row in zip(entries, rows(entries, of if loss == "test_loss" else None), strict=True):
+    own = [item for item in entries if item.spec is not None]
+    for item, row in zip(own, rows(own, of if loss == "test_loss" else None), strict=True):
         value = _number(row.get(loss))
         if item.spec is not None and value is not None and row.get(LOSSES[loss]) == of:
             groups.setdefault(_but_seed(item.spec), []).append(value)
