@@ -56,6 +56,7 @@ def attempt(kind: Kind, seed: int, cache: Path, known: Reference | None, *, plai
         case = Case(kind.name, seed, root, cache, plain=plain)
         try:
             end = kind.inject(case)
+            case.rest()
             audit(case, outcome, code=end.code, expected=end.expected, known=known, exact=end.exact)
             if not store_is_whole(case):
                 outcome.complain("other", "the rows of the store are not the fold of its events")

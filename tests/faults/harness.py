@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from orchestrator.driver.loop import driver_alive
 from orchestrator.exits import USAGE, exit_code_of
 from provisioning import keys, local_node
 from runs.facts import ENDED
@@ -160,6 +161,12 @@ class Case:
         """The exit code of that `launch`, once it has ended."""
         assert self._following is not None
         return self._following.wait(PATIENCE)
+
+    def rest(self) -> None:
+        """Return once nobody drives the run: a driver lives on for some seconds after the end, to ask the provider's log."""
+        end = time.monotonic() + PATIENCE
+        while driver_alive(self.home, self.run) and time.monotonic() < end:
+            time.sleep(0.1)
 
     # ------------------------------------------------------------ moments
 

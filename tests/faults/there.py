@@ -129,6 +129,9 @@ def not_a_number(case: Case) -> End:
 SHOUT = """
 
 
+import os
+
+
 def _one_step(run: Run, batches: Batches) -> None:
     time.sleep(0.025)
     _quick_step(run, batches)
