@@ -23,6 +23,8 @@ _KEY = re.compile(
 NodeStatus = Literal["booting", "active", "unhealthy", "terminating", "terminated", "preempted", "unknown"]
 ENDED: frozenset[str] = frozenset({"terminated", "preempted"})
 """Node statuses in which nothing is left to terminate."""
+RUNNING: frozenset[str] = frozenset({"active", "unhealthy"})
+"""Node statuses that bill, and of which no end is under way."""
 
 
 class Fact(BaseModel):

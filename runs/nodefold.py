@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from runs import events as e
-from runs.facts import ENDED
+from runs.facts import ENDED, RUNNING
 from runs.record import ClaimRecord, NodeRecord
 
 
@@ -57,6 +57,8 @@ def _observed(node: NodeRecord, event: e.NodeObserved) -> NodeRecord:
     changes["private_ip"] = event.private_ip or node.private_ip
     changes["micro_usd_per_hour"] = event.micro_usd_per_hour or node.micro_usd_per_hour
     changes["observed_at"] = event.at
+    if node.terminate_accepted_at is not None and event.status in RUNNING:
+        changes["running_at"] = event.at
     if event.status not in {"booting", "unknown"} and node.active_at is None:
         last = node.observed_at if node.status in {"booting", None} else None
         changes["active_not_before"] = node.active_not_before or event.not_before or last or node.intended_at

@@ -68,6 +68,8 @@ class NodeRecord(Fact):
     terminate_tried_at: datetime | None = None
     terminate_tries: int = 0
     terminate_accepted_at: datetime | None = None
+    running_at: datetime | None = None
+    """When it was last shown running although its termination had been accepted."""
     gone_at: datetime | None = None
     gone_evidence: str | None = None
     seen_at: datetime | None = None

@@ -27,7 +27,7 @@ from provisioning.base import (
 from provisioning.keys import KeyFileError
 from runs import charges
 from runs import events as e
-from runs.facts import ENDED, Marker, NodeFacts, Offer, lease_minutes
+from runs.facts import ENDED, RUNNING, Marker, NodeFacts, Offer, lease_minutes
 from runs.record import LATE, NodeRecord, RunRecord
 from runs.store import NotYours, Store
 
@@ -85,7 +85,11 @@ class Hands:
         sight.see(inventory, run.nodes)
         for node in (*run.owned, *self.given_up(run)):
             found = inventory.find(node.key, node.id)
-            observed = self._observed(node, found, sight.previous_at) if node.answer == "known" else None
+            observed = (
+                self._observed(node, found, sight.previous_at, inventory.at)
+                if node.answer == "known"
+                else None
+            )
             if observed is not None:
                 self._note(node, observed)
 
@@ -104,9 +108,9 @@ class Hands:
         return node
 
     def _observed(
-        self, node: NodeRecord, facts: NodeFacts | None, before: datetime | None
+        self, node: NodeRecord, facts: NodeFacts | None, before: datetime | None, as_of: datetime
     ) -> tuple[str, e.NodeEvent] | None:
-        """The event that `facts` add to what is known of a node, if any; `before`: when it was last looked at."""
+        """The event that `facts`, as of a moment, add to what is known of a node, if any; `before`: when it was last looked at."""
         if facts is None or node.gone_at is not None:
             return None
         known, now = (node.status, node.ip, node.port), self.clock.now()
@@ -114,7 +118,9 @@ class Hands:
         same = (facts.status, facts.ip or node.ip, facts.port if facts.ip else node.port) == known
         noted = node.observed_at or node.intended_at
         boots_still = facts.status == "booting" and now - noted >= BOOTING_NOTED
-        if same and not boots_still and not price:
+        ending = node.terminate_accepted_at
+        lingers = ending is not None and as_of > ending and facts.status in RUNNING
+        if same and not boots_still and not price and not lingers:
             return None
         return e.node_stream(node.key), e.NodeObserved(
             at=now,
@@ -159,12 +165,13 @@ class Hands:
             if not (young and node.status is None):
                 self._note(node, (stream, self._gone(node, run, "not found")))
         elif facts.status in ENDED:
-            if self._price(node, facts) and (last := self._observed(node, facts, None)):
+            if self._price(node, facts) and (last := self._observed(node, facts, None, now)):
                 self._note(node, last)
             self._note(node, (stream, self._gone(node, run, f"reported as {facts.status}")))
         else:
             self.sight.absent[effect.key], self.sight.seen_at[effect.key] = (), now
-            observed = self._observed(node, facts, self.sight.inventory.at if self.sight.inventory else None)
+            before = self.sight.inventory.at if self.sight.inventory else None
+            observed = self._observed(node, facts, before, now)
             if observed is not None:
                 self._note(node, observed)
 
@@ -262,9 +269,10 @@ class Hands:
     def _(self, effect: w.Adopt, run: RunRecord) -> None:
         self.commit((e.node_stream(effect.key), e.LaunchFound(at=self.clock.now(), id=effect.node_id)))
         node = self.store.node(effect.key)
-        assert node is not None and self.sight.inventory is not None
-        found = self.sight.inventory.find(effect.key, effect.node_id)
-        observed = self._observed(node, found, self.sight.previous_at)
+        inventory = self.sight.inventory
+        assert node is not None and inventory is not None
+        found = inventory.find(effect.key, effect.node_id)
+        observed = self._observed(node, found, self.sight.previous_at, inventory.at)
         if observed is not None:
             self.commit(observed)
 
@@ -290,10 +298,11 @@ class Hands:
     def _(self, effect: w.EndLate, run: RunRecord) -> None:
         node = self._node(run, effect.key)
         if node.answer == "abandoned":  # no other driver was quicker
-            assert self.sight.inventory is not None
-            facts = self.sight.inventory.find(effect.key, effect.node_id)
+            inventory = self.sight.inventory
+            assert inventory is not None
+            facts = inventory.find(effect.key, effect.node_id)
             found = (e.node_stream(node.key), e.LaunchFound(at=self.clock.now(), id=effect.node_id))
-            seen = [found, self._observed(node, facts, self.sight.previous_at)]
+            seen = [found, self._observed(node, facts, self.sight.previous_at, inventory.at)]
             told = [change for change in seen if change is not None]
             terminate(self.store, self.provider, self.clock, node.key, LATE, run=node.run, told=told)
 

@@ -88,6 +88,12 @@ def test_an_acceptance_that_led_to_nothing_is_not_the_end_of_the_bill() -> None:
     assert _bill(believed).end == at(100)
 
 
+def test_a_node_that_runs_on_after_its_end_was_accepted_bills_on() -> None:
+    story = Story().begun().launched().ready().after(100).terminated().after(30).observed("active")
+    story.after(20).observed("terminating").after(10).gone()
+    assert (_bill(story).end, _bill(story).final) == (at(130), True)
+
+
 def _reconciled(launched: float, ended: float) -> Story:
     """A node that was seen gone an hour after it was seen alive, and what the provider's log says of it."""
     story = Story().begun().launched().after(100).ready().after(3600).gone()

@@ -311,6 +311,19 @@ def test_when_not_found_is_believed(
     assert bench.hands.sight.confirmed_at == {KEY: at(seconds)}
 
 
+@pytest.mark.parametrize(("status", "noted"), [("active", True), ("unhealthy", True), ("terminating", False)])
+def test_that_a_node_runs_on_after_its_end_was_accepted_is_noted(
+    tmp_path: Path, status: Any, noted: bool
+) -> None:
+    story = Story().begun().launched().ready().observed(status).after(20).terminated()
+    bench = Bench(tmp_path, story)
+    bench.provider.nodes = [story.facts(status)]
+    for seconds in (30, 40):
+        bench.clock.seconds = seconds
+        bench.do(w.Confirm(KEY))
+    assert bench.node.running_at == (at(40) if noted else None)
+
+
 def test_an_adopted_node_is_known_with_what_was_seen(tmp_path: Path) -> None:
     bench = Bench(tmp_path, Story().begun().intended())
     bench.provider.nodes = [
