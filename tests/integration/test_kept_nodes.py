@@ -33,7 +33,7 @@ def test_a_second_run_takes_the_kept_node_over(cli: Cli) -> None:
     first = cli.only()
     (node,) = cli.row(first)["nodes"]
     assert node["billing"] and not cli.row(first)["driver"]
-    chosen = next(cli.home.glob("node-home/*/llmctl/environments/chosen.json"))
+    chosen = next(cli.home.glob("node-home/*/llmctl/environments/*.json"))
     noted = chosen.stat().st_mtime_ns
     rehearsed = cli.json("launch", "run.yaml", "--on", first, "--dry-run")
     assert [effect["effect"] for effect in rehearsed["effects"]] == ["Claim"]
