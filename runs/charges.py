@@ -41,7 +41,7 @@ class Bill:
     """Billed seconds, rounding and minimum included."""
     micro_usd: int
     final: bool
-    """False: the node still bills, its end is not confirmed, or nobody saw when it ended; the figure is an upper bound."""
+    """False: the node still bills, its end is not confirmed, or nobody saw when it began or ended; the figure is an upper bound."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ def node_bill(node: NodeRecord, now: datetime) -> Bill | None:
         start = start or (node.observed_at if node.status == "booting" else None) or node.intended_at
         if end - start < DOUBT:
             return None
+        final = final and node.billing_ended_at is not None
     assert start is not None
     end = max(end, start)
     tariff = node.offer.tariff

@@ -124,7 +124,7 @@ def test_less_than_a_minute_of_doubt_is_free_and_more_is_not() -> None:
     story = Story().begun().launched().after(100).observed("booting").after(20).terminated().gone()
     assert charges.node_bill(story.nodes[KEY], story.now) is None
     story = Story().begun().launched().after(100).observed("booting").after(600).terminated().gone()
-    assert _bill(story).start == at(100)
+    assert (_bill(story).start, _bill(story).final) == (at(100), False)
 
 
 def test_a_node_that_came_back_bills_on() -> None:
