@@ -10,8 +10,9 @@
     └── CommandTimeout       1: the command took too long and was ended, with its process group: `result` so far
 
 What Fabric 3.2 does not do and this does: pinned host keys, no keys or agent but the one named, a connect time-out that
-covers the whole handshake, TCP_NODELAY, AES-GCM, and three ways to notice a dead link: TCP keep-alive and
-TCP_USER_TIMEOUT where the system has them, and an SSH request each PROBE_SECONDS that the other side must answer.
+covers the whole handshake, TCP_NODELAY, channels that say nothing after their end (transport.py), and three ways to
+notice a dead link: TCP keep-alive and TCP_USER_TIMEOUT where the system has them, and an SSH request each PROBE_SECONDS
+that the other side must answer.
 """
 
 from __future__ import annotations
@@ -34,7 +35,6 @@ PROBE_SECONDS = 10.0
 FIRST_PROBES = 3
 SILENCE_SECONDS = 35.0
 """A link that did not answer for so long is dead."""
-_GCM = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")
 
 
 @dataclass(frozen=True)
@@ -253,6 +253,8 @@ def _open(address: Address, timeout: float) -> Any:
     import paramiko
     from fabric import Config, Connection
 
+    from orchestrator.remote.transport import Transport
+
     keys.public_key(address.identity_file)
     allowed = keys.pinned(address.known_hosts)
     peer = _socket(address, timeout)
@@ -270,7 +272,7 @@ def _open(address: Address, timeout: float) -> Any:
             "allow_agent": False,
             "banner_timeout": timeout,
             "auth_timeout": timeout,
-            "transport_factory": _transport,
+            "transport_factory": Transport,
         },
     )
     shown = address.host if address.port == 22 else f"[{address.host}]:{address.port}"
@@ -318,19 +320,6 @@ def _socket(address: Address, timeout: float) -> socket.socket:
         ):  # TCP_KEEPALIVE is macOS's word for TCP_KEEPIDLE; only Linux has TCP_USER_TIMEOUT
             peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
     return peer
-
-
-def _transport(peer: socket.socket, **options: Any) -> paramiko.Transport:
-    """paramiko's transport with AES-GCM in front: twice as fast as its default, which stays as the fallback."""
-    import paramiko
-
-    transport = paramiko.Transport(peer, **options)
-    security = transport.get_security_options()
-    ciphers = list(security.ciphers)
-    security.ciphers = [name for name in _GCM if name in ciphers] + [
-        name for name in ciphers if name not in _GCM
-    ]
-    return transport
 
 
 def _policy(address: Address, *, pinned: bool) -> Any:

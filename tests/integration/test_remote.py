@@ -311,6 +311,21 @@ def test_round_trip_of_a_link_that_does_not_answer(node: Node, monkeypatch: pyte
     over.set()
 
 
+def test_what_a_channel_says_after_its_end_is_not_sent(any_node: Node) -> None:
+    """The end of the input, held back until the node's end of the channel was answered: it would end the connection."""
+    with any_node.remote() as remote:
+        link = remote._connected()
+        for _ in range(3):
+            channel = link.open_channel(None, 10)
+            channel.exec_command("true")
+            with channel.lock:
+                late = channel._send_eof()
+            channel.close()
+            channel.transport._send_user_message(late)
+            assert remote.run(["echo", "still here"]).text == "still here"
+        assert remote.connections == 1
+
+
 def test_closing_ends_nothing_on_the_node(node: Node) -> None:
     assert node.directory is not None
     remote = node.remote()
