@@ -270,12 +270,6 @@ def _push(spec: RunSpec) -> Iterator[Complaint]:
         yield Complaint(("checkpoint", "push"), f"{push!r} is no S3 prefix", "Write s3://bucket/prefix")
 
 
-def _wandb(spec: RunSpec) -> Iterator[Complaint]:
-    if spec.wandb.from_ == "node":
-        hint = "Say `from: driver`: this machine writes, sends what it missed when it wakes up, and training never waits"
-        yield Complaint(("wandb", "from"), "cannot be node yet: nothing on a node writes to wandb", hint)
-
-
 _RULES = (
     _tune,
     _trainer,
@@ -288,5 +282,4 @@ _RULES = (
     _evaluate,
     _node,
     _push,
-    _wandb,
 )

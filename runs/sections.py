@@ -70,14 +70,14 @@ class Budget(Section):
 
 
 class Wandb(Section):
-    """Weights & Biases, written from the mirrored metrics."""
+    """Weights & Biases, written from the metrics beside the training, which never waits for it."""
 
     mode: Literal["disabled", "offline", "online"] = "disabled"
     """disabled: nothing is imported; offline: files to sync later; online."""
     project: Annotated[str, Field(min_length=1)] = "llmctl"
     """Project that the run appears in."""
     from_: Annotated[Literal["driver", "node"], Field(alias="from")] = "driver"
-    """driver: this machine writes, no key on the node, and sends behind what it missed while it slept; node: refused, not there yet."""
+    """driver: this machine writes, no key on the node, and sends behind what it missed while it slept; node: the first node writes, also while this machine sleeps; online gives WANDB_API_KEY of your environment to that process alone; its files come home with the last checkpoint, and are lost with a lost node; dollars and the table's row are added at the end, by this machine."""
 
 
 class Trainer(Section):

@@ -92,7 +92,7 @@ def build(  # noqa: PLR0917
 ) -> tuple[NodeSite, Driver, tuple[Wandb, Notify]]:
     """Everything that drives one run."""
     home, run = Home(store.home, store.owner, sleep), record.run
-    spec = stored_spec(record)
+    spec = specs.from_dict(dict(record.spec), "the stored spec")
     hardware = {**record.spec["hardware"], "self_terminate": spec.node.self_terminate}
     provider = open_provider(record.provider, home, hardware)
     plan = replace(plan_of(home.path, run, spec), cache=provider.traits.cache)
@@ -109,13 +109,6 @@ def build(  # noqa: PLR0917
     directory = run_dir(home.path, run)
     sinks = Wandb(record, directory, say), Notify(spec.notify, directory, say)
     return site, Driver(run, hands, list(sinks)), sinks
-
-
-def stored_spec(record: RunRecord) -> RunSpec:
-    """The run's spec. One with `wandb.from: node`, from before that was refused, is read as `driver`: its nodes bill, and
-    must not be left without a driver for that."""
-    wandb = {**record.spec.get("wandb", {}), "from": "driver"}
-    return specs.from_dict({**record.spec, "wandb": wandb}, "the stored spec")
 
 
 def plan_of(home: Path, run: str, spec: RunSpec) -> prepare.Plan:

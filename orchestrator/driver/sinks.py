@@ -10,7 +10,6 @@ import json
 import os
 import queue
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -18,16 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.remote.mirror import publish
+from orchestrator.site import reported
 from runs.record import RunRecord
-
-WANDB_INIT_SECONDS = 15
-"""Without a network `wandb.init` takes 103 s to fail by default; after this it goes offline and is synced behind."""
-
-NOTHING_SENT = {"step": 0, "validation": -1}
-"""Before the first line of each kind: what is tuned is validated before its first step."""
-
-SYNC_SECONDS = 25
-"""For sending behind what was logged offline, at a run's end."""
+from trainer import report
 
 
 class Sink:
@@ -124,31 +116,31 @@ def _news(run: RunRecord) -> list[tuple[str, str]]:
 
 
 class Wandb:
-    """The mirrored metrics as a wandb run whose id is the run's; `disabled` imports nothing."""
+    """The mirrored metrics as a wandb run whose id is the run's; `disabled` imports nothing. Where the node writes them, its
+    end alone, with the dollars and the row, which no node knows."""
 
     def __init__(self, run: RunRecord, directory: Path, log: Callable[[str], None]) -> None:
         section = run.spec["wandb"]
         self._mode, self._project = section["mode"], section["project"]
         self._directory, self._log = directory, log
-        self._on = self._mode != "disabled"
-        self._sink = Sink("wandb", log) if self._on else None
+        self._sink = Sink("wandb", log) if self._mode != "disabled" else None
+        self._elsewhere = reported.wanted(run)
         self._run: Any = None
         self._behind: str | None = None
         """The folder of a run that was to be online and is not, to be synced at the end."""
-        self._offset, self._busy = 0, threading.Event()
+        self._lines, self._busy = report.Lines(directory / "metrics.jsonl"), threading.Event()
         self._sent = self._remembered()
 
     def _remembered(self) -> dict[str, int]:
         """The last step that was sent, by kind."""
         try:
-            told = json.loads((self._directory / "wandb.json").read_text())
-            return {kind: int(told.get(kind, before)) for kind, before in NOTHING_SENT.items()}
-        except (OSError, ValueError, AttributeError):
-            return dict(NOTHING_SENT)
+            return report.last_sent(json.loads((self._directory / "wandb.json").read_text()))
+        except (OSError, ValueError):
+            return report.last_sent({})
 
     def __call__(self, run: RunRecord) -> None:
         """Send what the metrics have gained, unless the last sending is still at work."""
-        if self._sink is None or not run.summary or self._busy.is_set():
+        if self._sink is None or self._elsewhere or not run.summary or self._busy.is_set():
             return
         self._busy.set()
         self._sink.call(lambda: self._send(run))
@@ -156,56 +148,24 @@ class Wandb:
     def _send(self, run: RunRecord) -> None:
         try:
             if self._run is None:
-                self._run = self._open(run)
-            for line in self._new_lines():
-                kind = line.get("kind", "")
-                if kind in self._sent and line["step"] > self._sent[kind]:
-                    values = {key: value for key, value in line.items() if key not in {"kind", "step"}}
+                self._open(run)
+            for line in self._lines.read():
+                values = report.logged(line, self._sent)
+                if values is not None:
                     self._run.log({**values, "cost_usd": _cost(run, line["time"])}, step=line["step"])
-                    self._sent[kind] = line["step"]
             publish(self._directory / "wandb.json", json.dumps(self._sent).encode())
         finally:
             self._busy.clear()
 
-    def _open(self, run: RunRecord) -> Any:
-        import wandb
-
+    def _open(self, run: RunRecord) -> None:
         options = {
             "project": self._project,
             "id": run.run,
             "name": run.run,
-            "resume": "allow",
             "dir": str(self._directory),
-            "config": {**run.spec, "hardware_used": _hardware(run)},
+            "config": reported.config(run),
         }
-        settings = wandb.Settings(
-            init_timeout=WANDB_INIT_SECONDS, console="off", silent=True, x_disable_stats=True
-        )
-        if self._mode == "online":
-            try:
-                return wandb.init(mode="online", settings=settings, **options)
-            except wandb.errors.Error as error:
-                why = str(error).partition("\n")[0]
-                self._log(f"wandb is not reachable ({why}); logging offline, to be synced at the end")
-            wandb.teardown()  # its service still holds the run that failed, and would refuse its name
-        opened = wandb.init(mode="offline", settings=settings, **options)
-        if self._mode == "online":
-            self._behind = str(Path(opened.dir).parent)
-        return opened
-
-    def _new_lines(self) -> list[dict[str, Any]]:
-        """Whole lines of metrics.jsonl behind the last one read. A file that shrank was folded anew: from its start."""
-        path = self._directory / "metrics.jsonl"
-        if not path.exists():
-            return []
-        if path.stat().st_size < self._offset:
-            self._offset = 0
-        with path.open("rb") as file:
-            file.seek(self._offset)
-            data = file.read()
-        data = data[: data.rfind(b"\n") + 1]
-        self._offset += len(data)
-        return [json.loads(line) for line in data.splitlines()]
+        self._run, self._behind = report.open_run(self._mode, options, self._log)
 
     def finish(self, run: RunRecord) -> None:
         """The last metrics and the table row as summary; then close, for at most half a minute. Again where something was
@@ -218,10 +178,10 @@ class Wandb:
         self._sink.close(30)
 
     def _close(self, run: RunRecord) -> None:
+        if self._run is None and self._elsewhere and run.summary:
+            self._open(run)
         if self._run is None:
             return
-        import wandb
-
         from runs import compare
         from runs.summary import summarise
 
@@ -229,22 +189,12 @@ class Wandb:
         (final,) = compare.rows([compare.entry(row, run.spec)])
         known = {key: final[key] for key in compare.COLUMNS if final[key] is not None}
         # wandb's summary follows the history: the dollars over time end at the bill.
-        self._run.log({"cost_usd": final["cost_usd"]}, step=self._sent["step"])
+        step = run.summary["step"] if self._elsewhere else self._sent["step"]
+        self._run.log({"cost_usd": final["cost_usd"]}, step=step)
         self._run.summary.update({**known, "phases_usd": row["phases"]})
-        self._run.finish()
-        wandb.teardown()  # `finish` comes back before the last lines are in the file; the end of its service does not
-        if self._behind is not None:
-            self._sync(self._behind)
-
-    def _sync(self, folder: str) -> None:
-        """Send what was logged offline; where the network is still away, say what to type."""
-        command = [sys.executable, "-m", "wandb", "sync", folder]
-        try:
-            subprocess.run(
-                command, timeout=SYNC_SECONDS, check=True, stdin=subprocess.DEVNULL, capture_output=True
-            )
-        except (subprocess.SubprocessError, OSError) as error:
-            self._log(f"wandb is still not reachable ({type(error).__name__}): `wandb sync {folder}` later")
+        report.close_run(self._run)
+        if self._behind is not None and (problem := report.sync([self._behind])):
+            self._log(f"wandb is still not reachable ({problem}): `wandb sync {self._behind}` later")
 
 
 def _cost(run: RunRecord, time: float) -> float:
@@ -252,8 +202,3 @@ def _cost(run: RunRecord, time: float) -> float:
     from runs import charges
 
     return charges.total(run, datetime.fromtimestamp(time, UTC)) / 1e6
-
-
-def _hardware(run: RunRecord) -> dict[str, Any]:
-    attempt = run.attempts[-1]
-    return {"world_size": attempt.world_size, **attempt.offer.model_dump(mode="json")}

@@ -87,7 +87,7 @@ def _failure(run: RunRecord, attempt: AttemptRecord) -> str:
         return attempt.fatal
     nodes = [node for node in run.nodes if node.key in attempt.keys]
     told = [node.refusal or node.preflight_failed for node in nodes]
-    jobs = [reason for name, (_, reason) in attempt.failures.items() if name != "push"]
+    jobs = [reason for name, (_, reason) in attempt.failures.items() if name not in {"push", "wandb"}]
     detail = next((text for text in (*told, *jobs) if text), "")
     return f"{attempt.end_reason}: {detail}" if detail else str(attempt.end_reason)
 

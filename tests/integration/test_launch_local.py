@@ -14,6 +14,7 @@ import torch
 
 from tests.cli import Cli, spec
 from tests.plain_trainer import plain_trainer
+from tests.unit.test_wandb import told
 from trainer import cache, manifest, reading
 from trainer.watchdog import SCRATCH
 
@@ -67,6 +68,24 @@ def test_launch_trains_collects_releases_and_prices(cli: Cli) -> None:
     assert hours == pytest.approx(row["billed_hours"], rel=0.01)
     log = cli.run("tail", run, "--no-follow").stdout.splitlines()
     assert len(log) == len((cli.home / "runs" / run / "train.log").read_text().splitlines())
+
+
+def test_wandb_from_the_node_comes_home(cli: Cli) -> None:
+    """The node logs each step once, in files that are here when it is gone; this machine adds what the run cost."""
+    pytest.importorskip("wandb")
+    (cli.home / "run.yaml").write_text(plain(cli, wandb={"mode": "offline", "from": "node"}))
+    cli.run("launch", "run.yaml")
+    run = cli.only()
+    finished(cli, run)
+    (folder,) = cli.home.glob(f"node-home/*/llmctl/runs/{run}")
+    (there,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    assert (cli.home / "runs" / run / there.relative_to(folder)).read_bytes() == there.read_bytes()
+    assert cli.left() == [], "the driver has told it the end, and is gone"
+    ids, history, summary, config = told(cli.home / "runs" / run)
+    assert ids == {run} and config["hardware_used"]["provider"] == "local"
+    made = {line["step"]: line["loss"] for line in cli.metrics(run) if line["kind"] == "step"}
+    assert [(item["_step"], item["loss"]) for item in history if "loss" in item] == list(made.items())
+    assert summary["cost_usd"] == pytest.approx(cli.show(run)["cost_usd"], abs=1e-3)
 
 
 def test_what_a_trainer_found_out_goes_along_to_the_next_node(cli: Cli) -> None:

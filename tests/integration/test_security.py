@@ -69,6 +69,37 @@ def test_a_secret_reaches_the_trainer_and_nothing_else(cli: Cli) -> None:
     assert SECRET not in shown
 
 
+@pytest.mark.slow
+def test_wandb_s_key_reaches_the_reporter_on_the_node_and_nothing_else(cli: Cli) -> None:
+    """Not the trainer, no command line, no file, also not one of wandb's own. There is no network: its steps come home offline."""
+    pytest.importorskip("wandb")
+    cli.env |= {"WANDB_API_KEY": SECRET, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    wandb = {"mode": "online", "from": "node"}
+    (cli.home / "run.yaml").write_text(
+        spec(train__steps=1_000_000, wandb=wandb, trainer={"path": plain_trainer(cli.home)})
+    )
+    cli.run("launch", "run.yaml", "--detach")
+    run = cli.only()
+    (folder,) = cli.wait(lambda: list(cli.home.glob(f"node-home/*/llmctl/runs/{run}")))
+    cli.wait(lambda: list(folder.glob("wandb/offline-run-*/run-*.wandb")))
+    trainer, reporters = set(processes.marked(folder)), 0
+    assert trainer
+    for process in cli.processes():
+        command = process.cmdline()
+        assert all(SECRET not in word for word in command)
+        if process.pid in trainer or "supervise" in command:
+            assert "WANDB_API_KEY" not in process.environ()
+        elif "../../report.py" in command:
+            reporters += process.environ()["WANDB_API_KEY"] == SECRET
+    assert reporters == 1
+    cli.run("stop", run)
+    assert cli.left() == []
+    assert files_with_the_secret(cli.home) == []
+    assert list((cli.home / "runs" / run).glob("wandb/offline-run-*/run-*.wandb"))
+    failed = [event for event in cli.show(run)["events"] if event["kind"] == "JobFailed"]
+    assert failed and all("wandb is not reachable" in event["reason"] for event in failed), failed
+
+
 def files_with_the_secret(root: Path) -> list[Path]:
     """Every file below `root` that holds it: the database, logs, crash reports and all."""
     found = []

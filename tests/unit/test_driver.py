@@ -13,7 +13,7 @@ from orchestrator.actions import follow
 from orchestrator.actions.requests import SILENT_SECONDS, silent_seconds
 from orchestrator.clock import SystemClock
 from orchestrator.driver.loop import driver_alive, take_over, write_heartbeat
-from orchestrator.driver.main import patient, stored_spec
+from orchestrator.driver.main import patient
 from runs import events as e
 from runs.lock import ProcessId, boot_id
 from runs.store import Store
@@ -107,10 +107,3 @@ def test_who_takes_over_ends_the_old_driver_first(tmp_path: Path) -> None:
     finally:
         old.kill()
         old.wait()
-
-
-def test_a_run_stored_before_wandb_from_node_was_refused_keeps_its_driver(tmp_path: Path) -> None:
-    record = Seed(tmp_path, wandb={"mode": "offline"}).record
-    wandb = {**record.spec["wandb"], "from": "node"}
-    old = record.model_copy(update={"spec": {**record.spec, "wandb": wandb}})
-    assert stored_spec(old).to_dict()["wandb"] == {"mode": "offline", "project": "llmctl", "from": "driver"}

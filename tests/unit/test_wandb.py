@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from orchestrator.actions.named import Found
-from orchestrator.driver import sinks
 from orchestrator.driver.sinks import Wandb
 from orchestrator.models import measuring
 from tests.seeds import Seed
+from trainer import report
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("wandb", reason="wandb is not installed: pip install 'llmctl[wandb]'")
@@ -126,10 +126,23 @@ def test_the_base_s_validation_and_what_is_measured_later_are_there_too(tmp_path
     assert (summary["hellaswag"], summary["hellaswag_set"]) == (0.25, "hellaswag-1")
 
 
+def test_where_the_node_writes_this_machine_adds_the_end_alone(tmp_path: Path) -> None:
+    """The steps are the node's; the dollars, the phases and the row are known here only, and only at the end."""
+    seed = Seed(tmp_path, wandb={"mode": "offline", "from": "node"}).rented().trained().logged()
+    sink = Wandb(seed.record, seed.directory, print)
+    sink(seed.record)
+    seed.checkpoint(100).released().ended()
+    sink.finish(seed.record)
+    ids, history, summary, _ = told(seed.directory)
+    assert ids == {seed.run}
+    assert [(item["_step"], item["cost_usd"], "loss" in item) for item in history] == [(100, 2.52, False)]
+    assert (summary["cost_usd"], summary["state"]) == (2.52, "succeeded")
+
+
 def test_without_a_network_it_logs_offline_and_holds_nobody_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sinks, "WANDB_INIT_SECONDS", 2)
+    monkeypatch.setattr(report, "INIT_SECONDS", 2)
     synced: list[list[str]] = []
     real = subprocess.run
 
@@ -139,7 +152,7 @@ def test_without_a_network_it_logs_offline_and_holds_nobody_up(
         synced.append(command)
         raise subprocess.CalledProcessError(1, command)
 
-    monkeypatch.setattr(sinks.subprocess, "run", run)
+    monkeypatch.setattr(report.subprocess, "run", run)
     for name, value in (("WANDB_API_KEY", "a" * 40), ("WANDB_BASE_URL", "http://127.0.0.1:9")):
         monkeypatch.setenv(name, value)
     seed = Seed(tmp_path, wandb={"mode": "online"}).rented().trained().logged()
