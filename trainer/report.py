@@ -1,11 +1,13 @@
 """A run's metrics as a wandb run, written on the node (`wandb.from: node`): `python3 report.py --run DIR`, this file alone.
 
-`report.json`, by the driver: the start's `token`, `mode` (offline or online), `project`, `run` (the wandb run's id) and `config`. The
-process follows metrics.jsonl beside the trainer, at the lowest priority and in a session of its own: nobody waits for it while steps
-run, and what goes wrong is a line in report.log. Where wandb is missing it is installed into a folder of its own, which the trainer
-never sees. One reporter a run directory; it ends when the supervisor has and everything is logged, and its last word is in
-`report-status.json`. What was finished stands in `report-state.json`, so that another start continues the same wandb run; of a
-reporter that was killed wandb may have any part, so the next one logs anew from there on, in place of its offline folder.
+`report.json`, by the driver: the start's `token`, `mode` (offline or online), `project`, `run` (the wandb run's id), `config`, and
+`over` where no supervisor is to be waited for. The process follows metrics.jsonl beside the trainer, at the lowest priority and in
+a session of its own: nobody waits for it while steps run, and what goes wrong is a line in report.log. Where wandb is missing it is
+installed into a folder of its own, which the trainer never sees. One reporter a run directory; it ends when the supervisor has and
+everything is logged, and its last word is in `report-status.json`. What was finished stands in `report-state.json`, so that another
+start continues the same wandb run; of a reporter that was killed wandb may have any part, so the next one logs anew from there on,
+in place of its offline folder. wandb's own files are in `report/wandb`: a folder `wandb` in the run directory would be what a
+trainer without that library imports by that name.
 
 The driver, which writes the same wandb run for `from: driver`, takes the first half of this module. Standard library only, but for wandb.
 """
@@ -19,6 +21,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -33,9 +36,10 @@ SYNC_SECONDS = 25
 NOTHING_SENT = {"step": 0, "validation": -1}
 """Before the first line of each kind: what is tuned is validated before its first step."""
 POLL_SECONDS = 1.0
-BLOCK_BYTES = 1024 * 1024
 ABANDONED_SECONDS = 600.0
 """A supervisor that has not written for so long is gone, and nobody has started another."""
+CLOSE_SECONDS = 300
+"""For the last lines, and for sending behind: then this process ends, whatever wandb still hopes for. Its files stay."""
 INSTALL_SECONDS, INSTALL_PAUSE_SECONDS = 600.0, 60.0
 PACKAGE = "wandb>=0.31"
 
@@ -126,12 +130,13 @@ def sync(folders: Sequence[str]) -> str | None:
 
 
 class Reporter:
-    """The process of one run directory."""
+    """The process of one run directory, until the end of one start."""
 
     def __init__(self, run: Path) -> None:
-        self.run = run
+        self.run, self._folder = run, run / "report" / "wandb"
+        self._folder.mkdir(parents=True, exist_ok=True)  # it is fetched, whatever comes into it
         state = _json(run / "report-state.json")
-        for folder in (run / "wandb").glob("offline-run-*"):
+        for folder in self._folder.glob("offline-run-*"):
             if folder.name not in state.get("folders", ()):
                 shutil.rmtree(folder, ignore_errors=True)
         self._sent = last_sent(state.get("sent"))
@@ -139,22 +144,29 @@ class Reporter:
         self._wandb: Any = None
         self._behind: str | None = None
         self._said = ""
-        self._token: Any = None
+        self._token = _json(run / "report.json").get("token")
         self._beat: tuple[int, float] = (0, time.monotonic())
         """The supervisor's last writing, and when it was seen."""
 
-    def work(self) -> bool:
-        """Until the supervisor has ended and everything is logged. Whether another start has come meanwhile."""
-        (self.run / "wandb").mkdir(exist_ok=True)  # it is fetched, whatever comes into it
-        say_status(self.run, "following")
+    def work(self) -> int:
+        """Until the supervisor has ended and everything is logged. Returns the exit code."""
+        self._say_status("following")
         over = False
-        while not over:
-            over = self._over()  # looked at first: no line comes after it
-            self._follow()
-            if not over:
-                time.sleep(POLL_SECONDS)
-        complaint = self._close()
-        say_status(self.run, "failed" if complaint else "done", complaint)
+        try:
+            while not over:
+                over = self._over()  # looked at first: no line comes after it
+                self._follow()
+                if not over:
+                    time.sleep(POLL_SECONDS)
+            complaint = self._close()
+        except Exception as error:  # noqa: BLE001  it is nobody's but its own log's
+            self._say_status("failed", f"{type(error).__name__}: {error}")
+            return 1
+        self._say_status("failed" if complaint else "done", complaint)
+        return 0
+
+    def overtaken(self) -> bool:
+        """Whether another start has come meanwhile."""
         return _json(self.run / "report.json").get("token") not in {None, self._token}
 
     def _follow(self) -> None:
@@ -173,7 +185,7 @@ class Reporter:
             "project": plan["project"],
             "id": plan["run"],
             "name": plan["run"],
-            "dir": str(self.run),
+            "dir": str(self._folder.parent),
             "config": plan["config"],
         }
         self._have_wandb()
@@ -191,37 +203,54 @@ class Reporter:
             return
         while not folder.is_dir() and (problem := install(folder)):
             say(f"wandb could not be installed: {problem}")
-            if self._over():
-                raise OSError(f"wandb is not on the node and could not be installed: {problem}")
-            time.sleep(INSTALL_PAUSE_SECONDS)
-        sys.path.append(str(folder))
+            again_at = time.monotonic() + INSTALL_PAUSE_SECONDS
+            while time.monotonic() < again_at:
+                if self._over():
+                    raise OSError(f"wandb is not on the node and could not be installed: {problem}")
+                time.sleep(POLL_SECONDS)
+        sys.path.insert(0, str(folder))  # with all that it needs, at versions that fit
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(folder)]))
 
     def _over(self) -> bool:
         """Whether the supervisor of the newest start has ended, or is gone for good."""
-        path = self.run / "supervisor.json"
-        self._token, supervisor = _json(self.run / "report.json").get("token"), _json(path)
-        if supervisor.get("token") == self._token and supervisor.get("state") == "ended":
+        path, plan = self.run / "supervisor.json", _json(self.run / "report.json")
+        self._token, supervisor = plan.get("token"), _json(path)
+        ended = supervisor.get("token") == self._token and supervisor.get("state") == "ended"
+        if ended or plan.get("over") or not self.run.is_dir():
             return True
         written = path.stat().st_mtime_ns if path.exists() else 0
         if written != self._beat[0]:
             self._beat = written, time.monotonic()
-        return not self.run.is_dir() or time.monotonic() - self._beat[1] > ABANDONED_SECONDS
+        return time.monotonic() - self._beat[1] > ABANDONED_SECONDS
 
     def _close(self) -> str:
         """Finish the wandb run, and send what was to be online; what could not be sent."""
         if self._wandb is None:
             return ""
-        say_status(self.run, "sending")
+        self._say_status("sending")
+        signal.signal(signal.SIGALRM, self._give_up)
+        signal.alarm(CLOSE_SECONDS)
         close_run(self._wandb)
-        folders = sorted((self.run / "wandb").glob("offline-run-*"))
+        folders = sorted(self._folder.glob("offline-run-*"))
         state = {"offset": self._lines.offset, "sent": self._sent, "folders": [path.name for path in folders]}
         _write(self.run / "report-state.json", state)
-        if self._behind is None:
-            return ""
         # An earlier one is of a start without a network; what was sent already is passed over.
-        problem = sync([str(path) for path in folders])
+        problem = sync([str(path) for path in folders]) if self._behind is not None else None
+        signal.alarm(0)
         return f"{self._said}, which failed ({problem})" if problem else ""
+
+    def _give_up(self, *_: object) -> None:
+        """Nothing waits for a network that is not there: neither a kept node, nor a machine of one's own."""
+        self._say_status("failed", f"wandb did not take everything within {CLOSE_SECONDS} s")
+        os._exit(1)
+
+    def _say_status(self, state: str, detail: str = "") -> None:
+        """report-status.json: what the driver asks for at the end."""
+        if detail:
+            say(detail)
+        with contextlib.suppress(OSError):
+            status = {"token": self._token, "state": state, "detail": detail}
+            _write(self.run / "report-status.json", status)
 
 
 def install(folder: Path) -> str:
@@ -257,14 +286,6 @@ def say(text: str) -> None:
         os.write(2, f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {text}\n".encode())
 
 
-def say_status(run: Path, state: str, detail: str = "") -> None:
-    """report-status.json: what the driver asks for at the end."""
-    if detail:
-        say(detail)
-    with contextlib.suppress(OSError):
-        _write(run / "report-status.json", {"state": state, "detail": detail})
-
-
 def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -279,30 +300,34 @@ def _write(path: Path, value: object) -> None:
     temporary.replace(path)
 
 
+def take_lock(run: Path) -> int | None:
+    """The lock of a run directory; None where another reporter is at work."""
+    descriptor = os.open(run / "report.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
 def main(argv: list[str]) -> int:
     """The command line; returns the exit code. 0 also where another reporter is at work: it reads report.json anew."""
     parser = argparse.ArgumentParser(prog="report", description="Log a run's metrics to wandb.")
     parser.add_argument("--run", type=Path, required=True, help="the run directory")
     run = parser.parse_args(argv).run.resolve()
-    descriptor = os.open(run / "report.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return 0
     os.nice(19)
     with contextlib.suppress(OSError):  # when memory runs out, this goes before the trainer
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
-    try:
-        while Reporter(run).work():
-            pass
-    except Exception as error:  # noqa: BLE001  it is nobody's but its own log's
-        say_status(run, "failed", f"{type(error).__name__}: {error}")
-        return 1
+    while (lock := take_lock(run)) is not None:
+        reporter = Reporter(run)
+        code = reporter.work()
+        os.close(lock)
+        if not reporter.overtaken():  # asked without the lock: who starts from here on finds it free
+            return code
     return 0
 
 
 if __name__ == "__main__":
-    sys.path.pop(
-        0
-    )  # the folder of this file: a neighbour's name must not stand in for a module that wandb needs
+    del sys.path[0]  # this file's folder, in which no other file may stand in for a module that wandb needs
     raise SystemExit(main(sys.argv[1:]))

@@ -189,7 +189,8 @@ class Wandb:
         (final,) = compare.rows([compare.entry(row, run.spec)])
         known = {key: final[key] for key in compare.COLUMNS if final[key] is not None}
         # wandb's summary follows the history: the dollars over time end at the bill.
-        step = run.summary["step"] if self._elsewhere else self._sent["step"]
+        # Of a run that goes on online, wandb takes no step before its own next one.
+        step = max(run.summary["step"], self._run.step) if self._elsewhere else self._sent["step"]
         self._run.log({"cost_usd": final["cost_usd"]}, step=step)
         self._run.summary.update({**known, "phases_usd": row["phases"]})
         report.close_run(self._run)

@@ -21,18 +21,9 @@ from orchestrator.remote import transfer
 from orchestrator.remote.connection import Address, NodeUnreachable, RemoteError
 from orchestrator.remote.mirror import Mirror
 from orchestrator.remote.node import Remote
-from orchestrator.site import (
-    collect,
-    environment,
-    findings,
-    group,
-    preflight,
-    prepare,
-    pushed,
-    reported,
-    start,
-)
+from orchestrator.site import collect, environment, findings, group, preflight, prepare, pushed, start
 from orchestrator.site.journal import Journal
+from orchestrator.site.reported import Reporting
 from orchestrator.site.watch import Watch
 from runs import events as e
 from runs.record import CheckpointRecord, NodeRecord, RunRecord
@@ -77,6 +68,7 @@ class NodeSite:
         self._puller = collect.Puller(self.directory, clock, wake, self._gone)
         self._findings = findings.Keeper(home, clock)
         self._renewer = pushed.Renewer(plan.objects, clock, lambda reason: self._failed("push", reason))
+        self._reporting = Reporting(clock, lambda reason: self._failed("wandb", reason))
 
     # ------------------------------------------------------------ Site
 
@@ -84,6 +76,7 @@ class NodeSite:
         """Keep a watch on each node of the open attempt; report what is new."""
         self._attend(run)
         self._renewer.renew(run, self._first(run))
+        self._reporting.look(run, self._first(run))
         changes = list(self._difference(run))
         with self._lock:
             changes += self._news
@@ -163,8 +156,6 @@ class NodeSite:
             )
             start.start(watch.remote, run, self._plan.secrets, how)
             watch.asked()
-            if rank == 0:
-                self._failed("wandb", reported.start(watch.remote, run, token, found))
 
         def work() -> None:
             with ThreadPoolExecutor(len(watches)) as pool:
@@ -211,12 +202,12 @@ class NodeSite:
             if self._plan.secrets:  # nothing trains there any more, and the node may be kept
                 for remote in everywhere:
                     start.forget_secrets(remote, run)
-            self._failed("wandb", reported.bring(watch.remote, run, self.directory / "wandb", self._clock))
             found = collect.evaluations(watch.remote, watch.directory, run, self._clock, self._plan.decode)
             with self._lock:
                 self._news += found
             if self._plan.objects is not None and not pushed.settle(watch.remote, run, self._clock):
                 self._failed("push", "the last checkpoint did not reach S3")
+            self._reporting.bring(watch.remote, run, self.directory / "wandb")
 
         self._start_job("collect", work)
 
@@ -411,9 +402,8 @@ class NodeSite:
         self._add(e.run_stream(self.run), gone)
 
     def _failed(self, job: str, reason: str) -> None:
-        """What goes on beside the training has failed, where there is a reason."""
-        if reason:
-            self._add(e.run_stream(self.run), e.JobFailed(at=self._clock.now(), job=job, reason=reason))
+        """What goes on beside the training has failed."""
+        self._add(e.run_stream(self.run), e.JobFailed(at=self._clock.now(), job=job, reason=reason))
 
     def _add(self, stream: str, event: e.RunEvent | e.NodeEvent) -> None:
         with self._lock:

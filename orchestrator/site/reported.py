@@ -1,6 +1,7 @@
 """The wandb run that a node writes (`wandb.from: node`): its start beside the trainer, its key, and its files home.
 
-The process is trainer/report.py. Whatever becomes of it, the run goes on: here a failure is words for the record.
+The process is trainer/report.py. Whatever becomes of it, the run goes on: here a failure is words for the record. It may be started
+any number of times, so each driver starts it, and once more at the end where it has not said that it is done.
 """
 
 from __future__ import annotations
@@ -10,20 +11,29 @@ import netrc
 import os
 import threading
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import trainer
 from orchestrator.clock import Clock
 from orchestrator.remote import transfer
-from orchestrator.remote.connection import CommandFailed, NoSuchFile, RemoteError
+from orchestrator.remote.connection import (
+    CommandFailed,
+    CommandTimeout,
+    NodeUnreachable,
+    NoSuchFile,
+    RemoteError,
+)
 from orchestrator.remote.node import Remote
 from orchestrator.site.start import directory
+from orchestrator.site.watch import Watch
 from runs.record import RunRecord
 
 SETTLE_SECONDS = 45.0
 """How long the bill runs on for the last lines to reach wandb, which are in files that come home as well."""
+RETRY_SECONDS = 15.0
+"""Between two tries to start it over a link that fails."""
 
 
 def wanted(run: RunRecord) -> bool:
@@ -55,54 +65,102 @@ def credentials() -> dict[str, str]:
     return found
 
 
-def start(remote: Remote, run: RunRecord, token: str, environment: Mapping[str, Any]) -> str:
-    """Start the reporter of the run's first node beside the trainer, where one is wanted; harmless where it runs. The key is in
-    that process's environment alone, and only where it is needed. Why there is none, or ""."""
-    if not wanted(run):
-        return ""
-    place, section = directory(run.run), run.spec["wandb"]
+def start(remote: Remote, run: RunRecord, *, over: bool = False) -> None:
+    """Start the reporter of the attempt; harmless where it runs. `over`: it need not wait for a supervisor's end. The key is in
+    that process's environment alone, and only where it is needed. Raises RemoteError."""
+    attempt, place, section = run.attempt, directory(run.run), run.spec["wandb"]
+    assert attempt is not None
+    environment = attempt.lanes[f"{attempt.keys[0]}/environment"].detail
     plan = {
-        "token": token,
+        "token": attempt.token,
+        "over": over,
         "mode": section["mode"],
         "project": section["project"],
         "run": run.run,
         "config": config(run),
     }
     secrets = credentials() if section["mode"] == "online" else {}
+    remote.write("~/llmctl/report.py", Path(trainer.__file__).with_name("report.py").read_bytes(), 0o644)
+    remote.write(f"{place}/report.json", json.dumps(plan).encode(), 0o600)
     argv = [environment["python"], "../../report.py", "--run", "."]
-    env = {**environment.get("env", {}), **secrets}
-    try:
-        remote.write(f"{place}/report.json", json.dumps(plan).encode(), 0o600)
-        remote.write("~/llmctl/report.py", Path(trainer.__file__).with_name("report.py").read_bytes(), 0o644)
-        remote.detach(argv, cwd=place, log="report.log", env=env)
-    except RemoteError as error:
-        return f"nothing logs to wandb on the node: {error}"
-    return ""
+    remote.detach(argv, cwd=place, log="report.log", env={**environment.get("env", {}), **secrets})
 
 
-def bring(remote: Remote, run: RunRecord, to: Path, clock: Clock) -> str:
-    """Wait for the reporter of a run whose trainer has ended, and bring what it wrote to the folder `to`. What is wrong
-    with it, and what to do; "" where everything is there or nothing is wanted. Raises RemoteError where the link is at fault."""
-    if not wanted(run):
-        return ""
-    began, never, status = clock.monotonic(), threading.Event(), _status(remote, run)
-    while status.get("state") in {"following", "sending"} and clock.monotonic() - began < SETTLE_SECONDS:
-        clock.wait(never, 0.5)
-        status = _status(remote, run)
-    try:
-        transfer.pull_tree(remote, f"{directory(run.run)}/wandb", to)
-    except (CommandFailed, transfer.TransferError, OSError) as error:
-        return f"the node's wandb files could not be fetched: {status.get('detail') or error}"
-    if status.get("state") == "done":
-        return ""
-    why = status.get("detail") or "the node did not send everything in time"
-    return f"{why}; what it logged is here: wandb sync {to}/*run-*"
+def _ended(status: dict[str, Any]) -> bool:
+    return status.get("state") in {"done", "failed"}
 
 
 def _status(remote: Remote, run: RunRecord) -> dict[str, Any]:
-    """What the reporter said last; {} before that. Raises RemoteError."""
+    """What the reporter of this attempt said last; {} before that. Raises RemoteError."""
+    assert run.attempt is not None
     try:
         status = json.loads(remote.read(f"{directory(run.run)}/report-status.json"))
     except (NoSuchFile, ValueError):
         return {}
-    return status if isinstance(status, dict) else {}
+    return status if isinstance(status, dict) and status.get("token") == run.attempt.token else {}
+
+
+class Reporting:
+    """Sees to the reporter of one run: its start in the background, once a driver and once more with each start of the trainer; and
+    its end. `tell` is told what is wrong with it."""
+
+    def __init__(self, clock: Clock, tell: Callable[[str], None]) -> None:
+        self._clock, self._tell = clock, tell
+        self._started: tuple[str, int] | None = None
+        """The start of the trainer (its token, its number) that has a reporter, or cannot have one."""
+        self._again_at = 0.0
+        self._thread: threading.Thread | None = None
+
+    def look(self, run: RunRecord, watch: Watch | None) -> None:
+        """Begin to start it where it is due; returns at once."""
+        attempt, now = run.attempt, self._clock.monotonic()
+        if watch is None or attempt is None or attempt.token is None or attempt.trainer_end is not None:
+            return
+        due, remote = (attempt.token, attempt.starts), watch.remote
+        if not wanted(run) or self._started == due or now < self._again_at:
+            return
+        if self._thread is not None and self._thread.is_alive():
+            return
+
+        def work() -> None:
+            try:
+                start(remote, run)
+            except NodeUnreachable:  # others tell of that
+                self._again_at = self._clock.monotonic() + RETRY_SECONDS
+                return
+            except (RemoteError, OSError) as error:
+                self._tell(f"nothing logs to wandb on the node: {error}")
+            self._started = due
+
+        self._thread = threading.Thread(target=work, name="wandb on the node", daemon=True)
+        self._thread.start()
+
+    def bring(self, remote: Remote, run: RunRecord, to: Path) -> None:
+        """See that the reporter comes to its end after the trainer's, and bring what it wrote to the folder `to`. Raises RemoteError
+        where the link is at fault."""
+        if not wanted(run):
+            return
+        status: dict[str, Any] = {}
+        try:
+            status = self._settled(remote, run)
+            transfer.pull_tree(remote, f"{directory(run.run)}/report/wandb", to)
+        except (CommandFailed, CommandTimeout, transfer.TransferError, OSError) as error:
+            why = status.get("detail") or error
+            self._tell(f"the node's wandb files could not be fetched: {why}")
+            return
+        if status.get("state") != "done":
+            why = status.get("detail") or "the node did not send everything in time"
+            self._tell(f"{why}; what it logged is here: wandb sync {to}/*run-*")
+
+    def _settled(self, remote: Remote, run: RunRecord) -> dict[str, Any]:
+        """The reporter's last word, waited for. It is started where it has not spoken that yet: it may never have lived, or be gone.
+        Raises RemoteError."""
+        status = _status(remote, run)
+        if _ended(status):
+            return status
+        start(remote, run, over=True)
+        began, never = self._clock.monotonic(), threading.Event()
+        while not _ended(status) and self._clock.monotonic() - began < SETTLE_SECONDS:
+            self._clock.wait(never, 0.5)
+            status = _status(remote, run)
+        return status

@@ -14,7 +14,7 @@ import torch
 
 from tests.cli import Cli, spec
 from tests.plain_trainer import plain_trainer
-from tests.unit.test_wandb import told
+from tests.wandb_files import told
 from trainer import cache, manifest, reading
 from trainer.watchdog import SCRATCH
 
@@ -78,14 +78,37 @@ def test_wandb_from_the_node_comes_home(cli: Cli) -> None:
     run = cli.only()
     finished(cli, run)
     (folder,) = cli.home.glob(f"node-home/*/llmctl/runs/{run}")
-    (there,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    assert (cli.home / "runs" / run / there.relative_to(folder)).read_bytes() == there.read_bytes()
+    (there,) = folder.glob("report/wandb/offline-run-*/run-*.wandb")
+    assert (cli.home / "runs" / run / there.relative_to(folder / "report")).read_bytes() == there.read_bytes()
     assert cli.left() == [], "the driver has told it the end, and is gone"
     ids, history, summary, config = told(cli.home / "runs" / run)
     assert ids == {run} and config["hardware_used"]["provider"] == "local"
     made = {line["step"]: line["loss"] for line in cli.metrics(run) if line["kind"] == "step"}
     assert [(item["_step"], item["loss"]) for item in history if "loss" in item] == list(made.items())
     assert summary["cost_usd"] == pytest.approx(cli.show(run)["cost_usd"], abs=1e-3)
+
+
+@pytest.mark.parametrize("driver_too", [False, True])
+def test_a_reporter_that_was_killed_is_made_good(cli: Cli, driver_too: bool) -> None:
+    """When memory runs out it goes before the trainer does. The next driver starts another, at the latest the run's end does."""
+    pytest.importorskip("wandb")
+    (cli.home / "run.yaml").write_text(
+        plain(cli, train__steps=1_000_000, wandb={"mode": "offline", "from": "node"})
+    )
+    cli.run("launch", "run.yaml", "--detach")
+    run = cli.only()
+    (folder,) = cli.wait(lambda: list(cli.home.glob(f"node-home/*/llmctl/runs/{run}")))
+    cli.wait(lambda: list(folder.glob("report/wandb/offline-run-*/run-*.wandb")))
+    if driver_too:
+        os.kill(cli.driver_pid(run), signal.SIGKILL)
+    (reporter,) = [process for process in cli.processes() if "../../report.py" in process.cmdline()]
+    reporter.kill()
+    cli.run("stop", run)
+    assert cli.left() == []
+    made = [line["step"] for line in cli.metrics(run) if line["kind"] == "step"]
+    _, history, _, _ = told(cli.home / "runs" / run)
+    assert [item["_step"] for item in history if "loss" in item] == made
+    assert [event for event in cli.show(run)["events"] if event["kind"] == "JobFailed"] == []
 
 
 def test_what_a_trainer_found_out_goes_along_to_the_next_node(cli: Cli) -> None:

@@ -81,7 +81,7 @@ def test_wandb_s_key_reaches_the_reporter_on_the_node_and_nothing_else(cli: Cli)
     cli.run("launch", "run.yaml", "--detach")
     run = cli.only()
     (folder,) = cli.wait(lambda: list(cli.home.glob(f"node-home/*/llmctl/runs/{run}")))
-    cli.wait(lambda: list(folder.glob("wandb/offline-run-*/run-*.wandb")))
+    cli.wait(lambda: list(folder.glob("report/wandb/offline-run-*/run-*.wandb")))
     trainer, reporters = set(processes.marked(folder)), 0
     assert trainer
     for process in cli.processes():

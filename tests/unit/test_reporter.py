@@ -9,12 +9,17 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from orchestrator.clock import SystemClock
+from orchestrator.remote.connection import CommandFailed, ConnectionLost, Result
 from orchestrator.site import reported
-from tests.seeds import Seed
-from tests.unit.test_wandb import told
+from runs import events as e
+from tests.seeds import Seed, at
+from tests.wandb_files import told
 from trainer import report
 
 SCRIPT = Path(report.__file__)
@@ -64,9 +69,14 @@ def supervised(run: Path, token: str, state: str) -> None:
     (run / "supervisor.json").write_text(json.dumps({"token": token, "state": state}))
 
 
+def status(run: Path) -> Any:
+    """The reporter's last word."""
+    return json.loads((run / "report-status.json").read_text())
+
+
 def wait_for_folder(run: Path, reporter: subprocess.Popen[bytes]) -> Path:
     """The one offline folder, once it is there."""
-    while not (found := list(run.glob("wandb/offline-run-*/run-*.wandb"))):
+    while not (found := list(run.glob("report/wandb/offline-run-*/run-*.wandb"))):
         assert reporter.poll() is None, "it has ended"
         time.sleep(0.05)
     (path,) = found
@@ -83,17 +93,18 @@ def test_a_reporter_that_is_killed_and_started_again_continues_the_same_run(tmp_
     first = start(tmp_path)
     left = wait_for_folder(tmp_path, first)
     assert start(tmp_path).wait() == 0, "one reporter a run directory"
+    (left / "of the first").touch()
     first.kill()
     first.wait()
     supervised(tmp_path, "t1", "ended")
     assert start(tmp_path).wait() == 0
-    assert not left.exists()
+    assert not (left / "of the first").exists(), "the next one may have the name, if it is of the same second"
     with metrics.open("a") as file:  # the next attempt, resumed from step 40
         file.write("".join(map(line, range(41, 101))))
     supervised(tmp_path, "t2", "ended")
     assert start(tmp_path, "t2").wait() == 0
-    assert json.loads((tmp_path / "report-status.json").read_text()) == {"state": "done", "detail": ""}
-    ids, history, _, config = told(tmp_path)
+    assert status(tmp_path) == {"token": "t2", "state": "done", "detail": ""}
+    ids, history, _, config = told(tmp_path / "report")
     assert ids == {"demo-0001"} and config["seed"] == 1
     assert [item["_step"] for item in history] == list(range(1, 101)), "each step once, over all of them"
 
@@ -101,26 +112,66 @@ def test_a_reporter_that_is_killed_and_started_again_continues_the_same_run(tmp_
 def test_a_start_that_comes_while_the_last_one_is_closed_is_followed_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Its own process finds the lock held, and leaves; so whoever holds it looks again when it has let go."""
+    tokens = iter(["t2", "t2"])
+
+    def close(_: report.Reporter) -> str:
+        assert report.main(["--run", str(tmp_path)]) == 0, "one reporter a run directory"
+        token = next(tokens)
+        supervised(tmp_path, token, "ended")
+        (tmp_path / "report.json").write_text(json.dumps({"token": token}))
+        return ""
+
     (tmp_path / "report.json").write_text('{"token": "t1"}')
     supervised(tmp_path, "t1", "ended")
-    first = report.Reporter(tmp_path)
-    monkeypatch.setattr(
-        first, "_close", lambda: str((tmp_path / "report.json").write_text('{"token": "t2"}'))[:0]
-    )
-    assert first.work()
-    supervised(tmp_path, "t2", "ended")
-    assert not report.Reporter(tmp_path).work()
+    monkeypatch.setattr(report.Reporter, "_close", close)
+    monkeypatch.setattr(report.os, "nice", lambda _: 0)
+    monkeypatch.setattr(report.Path, "write_text", _but_not_to_proc(Path.write_text))
+    assert report.main(["--run", str(tmp_path)]) == 0
+    assert status(tmp_path)["token"] == "t2" and list(tokens) == []
+
+
+def _but_not_to_proc(write: Any) -> Any:
+    return lambda path, *args, **options: 0 if path.parts[1] == "proc" else write(path, *args, **options)
+
+
+def test_it_waits_for_no_supervisor_that_will_not_come(tmp_path: Path) -> None:
+    """The driver, which knows that the trainer is over, has said so."""
+    (tmp_path / "report.json").write_text('{"token": "t1", "over": true}')
+    assert subprocess.run([sys.executable, SCRIPT, "--run", tmp_path], check=False).returncode == 0
+    assert status(tmp_path)["state"] == "done"
+
+
+def test_where_wandb_never_comes_to_an_end_the_reporter_does(tmp_path: Path) -> None:
+    """A network that went away while steps ran: on a machine that is not terminated nothing may be left."""
+    (tmp_path / "metrics.jsonl").write_text(line(1))
+    plan = {"token": "t1", "over": True, "mode": "online", "project": "p", "run": "demo-0001", "config": {}}
+    (tmp_path / "report.json").write_text(json.dumps(plan))
+    code = f"""if True:
+        import sys, threading, types
+        sys.path.insert(0, {str(SCRIPT.parent)!r})
+        import report
+        report.CLOSE_SECONDS = 1
+        report.open_run = lambda *_: (types.SimpleNamespace(log=lambda *_, **__: None), None)
+        report.close_run = lambda _: threading.Event().wait()
+        report.Reporter._have_wandb = lambda _: None
+        report.main(["--run", {str(tmp_path)!r}])"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 1
+    assert status(tmp_path) == {
+        "token": "t1",
+        "state": "failed",
+        "detail": "wandb did not take everything within 1 s",
+    }
 
 
 @pytest.mark.slow
 def test_a_reporter_that_cannot_go_on_says_why(tmp_path: Path) -> None:
     """A break is a word in its status, and an exit code that nobody waits for."""
     (tmp_path / "metrics.jsonl").write_text(line(1))
-    (tmp_path / "supervisor.json").write_text("{}")
+    (tmp_path / "report.json").write_text('{"token": "t1", "over": true}')
     done = subprocess.run([sys.executable, SCRIPT, "--run", tmp_path], check=False, capture_output=True)
     assert done.returncode == 1 and b"KeyError" in done.stderr
-    status = json.loads((tmp_path / "report-status.json").read_text())
-    assert status["state"] == "failed" and "KeyError" in status["detail"]
+    assert status(tmp_path)["state"] == "failed" and "KeyError" in status(tmp_path)["detail"]
 
 
 def test_what_is_missing_is_installed_in_a_folder_of_its_own(
@@ -156,6 +207,74 @@ def test_the_key_comes_from_the_environment_or_from_netrc(
     assert reported.credentials() == {"WANDB_API_KEY": "from-netrc"}
     monkeypatch.setenv("WANDB_API_KEY", "from-environment")
     assert reported.credentials() == {"WANDB_API_KEY": "from-environment"}
+
+
+class Failing:
+    """A node to which each write fails as it is told to; `started` counts what was detached."""
+
+    def __init__(self, *failures: Exception) -> None:
+        self.failures, self.started = list(failures), 0
+
+    def write(self, *_: object) -> None:
+        if self.failures:
+            raise self.failures.pop(0)
+
+    def detach(self, *_: object, **__: object) -> None:
+        self.started += 1
+
+
+def looked(reporting: reported.Reporting, record: Any, remote: Failing) -> None:
+    """One look, and the end of what it began."""
+    reporting.look(record, SimpleNamespace(remote=remote))  # type: ignore[arg-type]
+    if reporting._thread is not None:
+        reporting._thread.join()
+
+
+def started(tmp_path: Path, **wandb: str) -> Any:
+    """The record of a run whose trainer was started."""
+    seed = Seed(tmp_path, wandb=wandb or {"mode": "offline", "from": "node"}).rented()
+    lane = e.LaneDone(
+        at=at(30), key=seed.key, lane="environment", hash="e", seconds=1.0, detail={"python": "python3"}
+    )
+    return seed.tell(lane).trained()
+
+
+def test_each_driver_starts_the_reporter_and_each_start_of_the_trainer_does(tmp_path: Path) -> None:
+    """One that died after it had started the trainer may have left none; a reboot ends both."""
+    seed, remote = started(tmp_path), Failing()
+    told_of: list[str] = []
+    for _driver in range(2):
+        reporting = reported.Reporting(SystemClock(), told_of.append)
+        for _ in range(3):
+            looked(reporting, seed.record, remote)
+    assert remote.started == 2
+    seed.tell(e.TrainerStarted(at=at(60), attempt=1, token=f"{seed.run}-a1"))
+    looked(reporting, seed.record, remote)
+    assert remote.started == 3
+    seed.tell(e.TrainerEnded(at=at(250), attempt=1, reason="finished", step=100))
+    looked(reported.Reporting(SystemClock(), told_of.append), seed.record, remote)
+    assert remote.started == 3 and told_of == []
+
+
+def test_a_link_that_fails_is_tried_again_and_a_node_that_refuses_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seed, told_of = started(tmp_path), list[str]()
+    monkeypatch.setattr(reported, "RETRY_SECONDS", 0.0)
+    remote = Failing(ConnectionLost("cut"), CommandFailed("write", Result(b"", b"disk full", 1)))
+    reporting = reported.Reporting(SystemClock(), told_of.append)
+    for _ in range(4):
+        looked(reporting, seed.record, remote)
+    assert remote.failures == [] and remote.started == 0
+    (words,) = told_of
+    assert words.startswith("nothing logs to wandb on the node: ") and "disk full" in words
+
+
+@pytest.mark.parametrize("wandb", [{"mode": "disabled", "from": "node"}, {"mode": "offline"}])
+def test_nothing_is_started_where_nothing_is_wanted(tmp_path: Path, wandb: dict[str, str]) -> None:
+    seed, remote = started(tmp_path, **wandb), Failing()
+    looked(reported.Reporting(SystemClock(), pytest.fail), seed.record, remote)
+    assert remote.started == 0
 
 
 def test_wandb_is_not_told_where_notices_go(tmp_path: Path) -> None:
