@@ -77,7 +77,7 @@ class Wandb(Section):
     project: Annotated[str, Field(min_length=1)] = "llmctl"
     """Project that the run appears in."""
     from_: Annotated[Literal["driver", "node"], Field(alias="from")] = "driver"
-    """driver: this machine writes, no key on the node, and sends behind what it missed while it slept; node: the first node writes, also while this machine sleeps; online gives WANDB_API_KEY of your environment to that process alone; its files come home with the last checkpoint, and are lost with a lost node; dollars and the table's row are added at the end, by this machine."""
+    """driver: this machine writes, no key on the node, and sends behind what it missed while it slept; node: the first node writes, also while this machine sleeps; online gives the key of your environment (WANDB_API_KEY) or ~/.netrc to that process alone; its files come home with the last checkpoint, and are lost with a lost node; dollars and the table's row are added at the end, by this machine."""
 
 
 class Trainer(Section):

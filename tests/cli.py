@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,14 @@ class Cli:
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
         return mine
+
+    def running(self, word: str) -> list[psutil.Process]:
+        """The living processes of this home whose command line has the argument `word`."""
+        found = []
+        for process in self.processes():
+            with suppress(psutil.NoSuchProcess):
+                found += [process] if word in process.cmdline() else []
+        return found
 
     def left(self, patience: float = 20) -> list[str]:
         """The command lines of what still lives after `patience` seconds; a driver that has just finished is given that."""

@@ -135,6 +135,10 @@ class Reporter:
     def __init__(self, run: Path) -> None:
         self.run, self._folder = run, run / "report" / "wandb"
         self._folder.mkdir(parents=True, exist_ok=True)  # it is fetched, whatever comes into it
+        self._scratch = run / "report" / "tmp"
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        self._scratch.mkdir()
+        os.environ["TMPDIR"] = str(self._scratch)  # wandb leaves folders there
         state = _json(run / "report-state.json")
         for folder in self._folder.glob("offline-run-*"):
             if folder.name not in state.get("folders", ()):
@@ -162,6 +166,8 @@ class Reporter:
         except Exception as error:  # noqa: BLE001  it is nobody's but its own log's
             self._say_status("failed", f"{type(error).__name__}: {error}")
             return 1
+        finally:
+            shutil.rmtree(self._scratch, ignore_errors=True)
         self._say_status("failed" if complaint else "done", complaint)
         return 0
 

@@ -101,7 +101,7 @@ def test_a_reporter_that_was_killed_is_made_good(cli: Cli, driver_too: bool) -> 
     cli.wait(lambda: list(folder.glob("report/wandb/offline-run-*/run-*.wandb")))
     if driver_too:
         os.kill(cli.driver_pid(run), signal.SIGKILL)
-    (reporter,) = [process for process in cli.processes() if "../../report.py" in process.cmdline()]
+    (reporter,) = cli.running("../../report.py")
     reporter.kill()
     cli.run("stop", run)
     assert cli.left() == []

@@ -84,9 +84,13 @@ def wait_for_folder(run: Path, reporter: subprocess.Popen[bytes]) -> Path:
 
 
 @pytest.mark.slow
-def test_a_reporter_that_is_killed_and_started_again_continues_the_same_run(tmp_path: Path) -> None:
+def test_a_reporter_that_is_killed_and_started_again_continues_the_same_run(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing is lost with it, and nothing is there twice. It ends with its own supervisor, not with the word of an earlier one."""
     pytest.importorskip("wandb")
+    elsewhere = tmp_path_factory.mktemp("tmp")
+    monkeypatch.setenv("TMPDIR", str(elsewhere))
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text("".join(map(line, range(1, 51))))
     supervised(tmp_path, "t0", "ended")
@@ -107,6 +111,10 @@ def test_a_reporter_that_is_killed_and_started_again_continues_the_same_run(tmp_
     ids, history, _, config = told(tmp_path / "report")
     assert ids == {"demo-0001"} and config["seed"] == 1
     assert [item["_step"] for item in history] == list(range(1, 101)), "each step once, over all of them"
+    assert [path.name for path in (tmp_path / "report").iterdir()] == ["wandb"], (
+        "its temporary files are gone"
+    )
+    assert list(elsewhere.iterdir()) == [], "also those of the one that was killed"
 
 
 def test_a_start_that_comes_while_the_last_one_is_closed_is_followed_too(
@@ -222,6 +230,9 @@ class Failing:
     def detach(self, *_: object, **__: object) -> None:
         self.started += 1
 
+    def read(self, _: str) -> bytes:
+        return json.dumps({"token": "demo-0001-a1", "state": "sending", "detail": ""}).encode()
+
 
 def looked(reporting: reported.Reporting, record: Any, remote: Failing) -> None:
     """One look, and the end of what it began."""
@@ -268,6 +279,23 @@ def test_a_link_that_fails_is_tried_again_and_a_node_that_refuses_is_told_once(
     assert remote.failures == [] and remote.started == 0
     (words,) = told_of
     assert words.startswith("nothing logs to wandb on the node: ") and "disk full" in words
+
+
+def test_one_that_never_ends_or_cannot_be_started_holds_no_run_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is waited for for a while, its files come home as they are, and the record says why."""
+    record, told_of, pulled = started(tmp_path).record, list[str](), list[str]()
+    monkeypatch.setattr(reported, "SETTLE_SECONDS", 0.2)
+    monkeypatch.setattr(reported.transfer, "pull_tree", lambda _, there, to: pulled.append(there))
+    reporting = reported.Reporting(SystemClock(), told_of.append)
+    remote: Any = Failing()
+    reporting.bring(remote, record, tmp_path / "wandb")
+    assert remote.started == 1 and pulled == ["~/llmctl/runs/demo-0001/report/wandb"]
+    assert told_of.pop().startswith("the node did not send everything in time; what it logged is here: ")
+    remote = Failing(CommandFailed("write", Result(b"", b"disk full", 1)))
+    reporting.bring(remote, record, tmp_path / "wandb")
+    assert "could not be fetched" in told_of[0] and "disk full" in told_of[0]
 
 
 @pytest.mark.parametrize("wandb", [{"mode": "disabled", "from": "node"}, {"mode": "offline"}])
