@@ -117,18 +117,11 @@ def close_run(run: Any) -> None:
 def sync(folders: Sequence[str]) -> str | None:
     """Send what was logged offline; why that did not work, by name."""
     command = [sys.executable, "-m", "wandb", "sync", *folders]
-    env = {
-        **os.environ,
-        "WANDB_DIR": str(Path(folders[0]).parent.parent),
-    }  # its log, else in the temporary folder
+    # Its own log goes there too, and not into the system's temporary folder.
+    env = {**os.environ, "WANDB_DIR": str(Path(folders[0]).parent.parent)}
     try:
         subprocess.run(
-            command,
-            timeout=SYNC_SECONDS,
-            check=True,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            env=env,
+            command, timeout=SYNC_SECONDS, check=True, env=env, stdin=subprocess.DEVNULL, capture_output=True
         )
     except (subprocess.SubprocessError, OSError) as error:
         return type(error).__name__
