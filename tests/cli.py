@@ -15,11 +15,14 @@ from typing import Any
 
 import psutil
 
+from tests import images
+
 LLMCTL = Path(sys.executable).parent / "llmctl"
 
 
 class Cli:
-    """`llmctl` with one LLMCTL_HOME and one environment. `cache`: a folder of shards that several homes share."""
+    """`llmctl` with one LLMCTL_HOME and one environment. `cache`: a folder of shards that several homes share, whose nodes have an
+    image that is known already."""
 
     def __init__(
         self, home: Path, env: Mapping[str, str] | None = None, *, cache: Path | None = None
@@ -29,6 +32,8 @@ class Cli:
             (home / "cache").mkdir(parents=True)
             cache.mkdir(parents=True, exist_ok=True)
             (home / "cache" / "builtin").symlink_to(cache)
+            for node in ("0", "1"):
+                images.known(home / "node-home" / node)
         keep = {
             name: os.environ[name]
             for name in ("PATH", "LANG", "TMPDIR", "XDG_RUNTIME_DIR", "PYTHONPATH")
@@ -96,13 +101,14 @@ class Cli:
         return str(row["run"])
 
     def wait(self, what: Callable[[], Any], patience: float = 120) -> Any:
-        """The first true value of `what`, asked for again and again for at most `patience` seconds."""
+        """The first true value of `what`, asked for again and again for at most `patience` seconds; what is a command of its own
+        is asked less often, for it takes the time of those it waits for."""
         end = time.monotonic() + patience
-        while time.monotonic() < end:
+        while (began := time.monotonic()) < end:
             found = what()
             if found:
                 return found
-            time.sleep(0.1)
+            time.sleep(max(0.1, time.monotonic() - began))
         raise AssertionError(f"that did not happen within {patience:g} s\n{self.driver_log()}")
 
     def row(self, run: str) -> dict[str, Any]:

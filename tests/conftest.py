@@ -10,18 +10,22 @@ from pathlib import Path
 
 import pytest
 
+from tests import images
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _scratch() -> Iterator[None]:
     """A temporary folder of this session for whatever uses one, and for SSH's control sockets: its name is short. Gone at the end."""
     outside = {
-        name: os.environ.get(name) for name in ("TMPDIR", "XDG_RUNTIME_DIR", "TORCHINDUCTOR_CACHE_DIR")
+        name: os.environ.get(name)
+        for name in ("TMPDIR", "XDG_RUNTIME_DIR", "TORCHINDUCTOR_CACHE_DIR", images.VARIABLE)
     }
     folder = Path(tempfile.mkdtemp(prefix="llmctl-tests-"))
     os.environ |= {
         "TMPDIR": str(folder),
         "XDG_RUNTIME_DIR": str(folder),
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+        images.VARIABLE: str(folder / "environments"),
     }
     tempfile.tempdir = None  # it is read anew
     yield

@@ -83,10 +83,13 @@ def _unwritable(folder: Path, error: OSError) -> DataError:
 def stdlib(root: Path) -> list[tuple[str, Path]]:
     """(hash of the relative path, path) of every Python file under `root`, packages of others excepted, by hash."""
     found = []
-    for path in root.rglob("*.py"):
-        parts = path.relative_to(root).parts
-        if not _SKIPPED & set(parts) and path.is_file():
-            found.append((hashlib.sha256("/".join(parts).encode()).hexdigest(), path))
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in _SKIPPED]
+        parts = Path(folder).relative_to(root).parts
+        for name in files:
+            path = Path(folder, name)
+            if name.endswith(".py") and path.is_file():
+                found.append((hashlib.sha256("/".join((*parts, name)).encode()).hexdigest(), path))
     return sorted(found)
 
 

@@ -179,7 +179,8 @@ def test_sold_out_everywhere(rented: Make) -> None:
     assert intents(server) == [] and cli.show(run)["reason"] == "no-capacity"
 
 
-@pytest.mark.parametrize("phase", [pytest.param("booting", marks=pytest.mark.harness), "training"])
+@pytest.mark.harness
+@pytest.mark.parametrize("phase", ["booting", "training"])
 def test_instance_dies(rented: Make, phase: str) -> None:
     """A lost node is replaced, and the run goes on from the last checkpoint that came home."""
     server, cli = rented()

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests import images
 from tests.cli import Cli, spec
 from tests.plain_trainer import plain_trainer
 from tests.wandb_files import told
@@ -45,6 +46,7 @@ def finished(cli: Cli, run: str, steps: int = 60) -> None:
 
 def test_launch_trains_collects_releases_and_prices(cli: Cli) -> None:
     """From a spec to a verified checkpoint and a bill, with one command; then nothing is left running."""
+    images.unknown(cli.home / "node-home" / "0")
     temporary = cli.home / "temporary"
     temporary.mkdir()
     (cli.home / "run.yaml").write_text(spec(node={"env": {"TMPDIR": str(temporary)}}))
@@ -88,7 +90,7 @@ def test_wandb_from_the_node_comes_home(cli: Cli) -> None:
     assert summary["cost_usd"] == pytest.approx(cli.show(run)["cost_usd"], abs=1e-3)
 
 
-@pytest.mark.parametrize("driver_too", [False, True])
+@pytest.mark.parametrize("driver_too", [pytest.param(False, marks=pytest.mark.harness), True])
 def test_a_reporter_that_was_killed_is_made_good(cli: Cli, driver_too: bool) -> None:
     """When memory runs out it goes before the trainer does. The next driver starts another, at the latest the run's end does."""
     pytest.importorskip("wandb")
@@ -111,10 +113,14 @@ def test_a_reporter_that_was_killed_is_made_good(cli: Cli, driver_too: bool) -> 
     assert [event for event in cli.show(run)["events"] if event["kind"] == "JobFailed"] == []
 
 
-def test_what_a_trainer_found_out_goes_along_to_the_next_node(cli: Cli) -> None:
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.harness)])
+def test_what_a_trainer_found_out_goes_along_to_the_next_node(cli: Cli, real: bool) -> None:
     """What lies where the trainer keeps the microbatch size that held, and compiled code, is fetched while steps run, and read
-    on a fresh node by a run of the same settings."""
-    (cli.home / "first.yaml").write_text(spec(train__microbatch_size="auto", train__steps=1_000_000))
+    on a fresh node by a run of the same settings (in the case with the real trainer)."""
+    kind: dict[str, Any] = (
+        {"train__microbatch_size": "auto"} if real else {"trainer": {"path": plain_trainer(cli.home)}}
+    )
+    (cli.home / "first.yaml").write_text(spec(train__steps=1_000_000, **kind))
     cli.run("launch", "first.yaml", "--detach")
     (job,) = cli.wait(lambda: list(cli.home.rglob("llmctl/runs/tiny-*/job.json")))
     settings = reading.load(job.with_name("config.json"))
@@ -125,14 +131,15 @@ def test_what_a_trainer_found_out_goes_along_to_the_next_node(cli: Cli) -> None:
     (found,) = cli.wait(lambda: list((cli.home / "cache" / "found").glob(f"*/{name}")))
     cli.run("stop", cli.only(), "--now", code=None)
     shutil.rmtree(there)  # nodes of this machine share their home directory; the next one shall be fresh
-    (cli.home / "next.yaml").write_text(spec(name="next", train__microbatch_size="auto", train__steps=5))
+    (cli.home / "next.yaml").write_text(spec(name="next", train__steps=5, **kind))
     cli.run("launch", "next.yaml")
     document = cli.show("next")
     (lane,) = [
         item for item in document["events"] if item["kind"] == "LaneDone" and item["lane"] == "findings"
     ]
     assert lane["sent_bytes"] == found.stat().st_size
-    assert document["attempts"][0]["microbatch_size"] == 2
+    assert (there / name).read_bytes() == found.read_bytes()
+    assert document["attempts"][0]["microbatch_size"] == (2 if real else 4)
 
 
 def test_what_the_nodes_gpus_do_is_told_here(cli: Cli) -> None:

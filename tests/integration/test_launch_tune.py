@@ -82,6 +82,7 @@ def test_a_run_is_tuned_and_measured_on_nodes(cli: Cli, tmp_path: Path) -> None:
     assert there["test_loss"] == pytest.approx(here["loss"], abs=1e-4)
 
 
+@pytest.mark.harness
 def test_a_sweep_tunes_one_base_on_one_node(cli: Cli) -> None:
     """Two ranks of LoRA: each run once, its adapters beside the merged weights."""
     cli.run("init", "tune.yaml", "--recipe", "finetune")

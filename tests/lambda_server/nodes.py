@@ -14,6 +14,7 @@ from typing import Any
 
 from provisioning import local_node
 from provisioning.cloudinit import GUARD_DIRECTORY, HEADER
+from tests import images
 
 
 def cloud_config(user_data: str | None) -> dict[str, Any]:
@@ -65,6 +66,7 @@ class Nodes:
     ) -> None:
         """Boot the node as its user data says, or as an image would that ignores it."""
         config = {} if ignored else cloud_config(user_data)
+        images.known(self._directory / "homes" / node_id)
         local_node.spawn(
             self._directory / node_id,
             name=node_id,
