@@ -38,12 +38,13 @@ def losses(cli: Cli, run: str) -> list[float]:
     return [line["loss"] for line in lines]
 
 
-def test_two_nodes_of_two_processes_are_one_process(cli: Cli) -> None:
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.harness)])
+def test_two_nodes_are_one_process(cli: Cli, processes: int) -> None:
     """The losses agree to rounding; the data leaves this machine once; the log tells ranks apart; each node has its charges."""
     runs = []
-    for nodes, processes in ((1, 1), (2, 2)):
+    for nodes, each in ((1, 1), (2, processes)):
         hardware = {"provider": "local", "usd_per_hour": 3.6, "nodes": nodes}
-        changes = {"train__processes_per_node": processes, "train__microbatch_size": 2, "train__steps": 12}
+        changes = {"train__processes_per_node": each, "train__microbatch_size": 2, "train__steps": 12}
         (cli.home / "run.yaml").write_text(spec(hardware=hardware, name=f"n{nodes}", **changes))
         cli.run("launch", "run.yaml")
         runs.append(f"n{nodes}")
