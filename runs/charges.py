@@ -1,9 +1,10 @@
 """Dollars, computed from events and tariffs. Pure; integer micro-dollars.
 
 A node bills from the moment it was first seen active (counted from the last moment at which it was known not to be, so that
-a driver that was away errs on the side of the bill) to the moment at which its termination was accepted, or to the last at which it was
-shown running after that, once the provider confirms that it is gone. Until then the figure is an upper bound and says so. So is that of a node which ended by itself
-while nobody looked (it was kept, or no driver lived): it bills until it was found gone, and only a provider's log could tell better.
+a driver that was away errs on the side of the bill) to the moment at which its termination was accepted, once the provider
+confirms that it is gone; where it was shown running after that, to the first at which it was not. Until then the figure is an
+upper bound and says so. So is that of a node which ended by itself while nobody looked (it was kept, or no driver lived): it
+bills until it was found gone, and only a provider's log could tell better.
 
 A node that several runs had one after the other has one bill, split at the moments of the claims: each run pays from its claim
 to the next, the time for which it kept the node included. What the provider's rounding and minimum add falls to the last.
@@ -117,7 +118,10 @@ def _end(node: NodeRecord, now: datetime) -> tuple[datetime, bool]:
     if node.billing_ended_at is not None:
         return node.billing_ended_at, True
     if node.gone_at is not None:
-        end = max(node.terminate_accepted_at or node.gone_at, node.running_at or node.intended_at)
+        accepted = node.terminate_accepted_at
+        if accepted is not None and node.running_at is not None and node.running_at > accepted:
+            accepted = node.running_until  # that acceptance was none
+        end = accepted or node.gone_at
         return end, _seen_until(node, end)
     return now, False
 

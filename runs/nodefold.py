@@ -58,7 +58,9 @@ def _observed(node: NodeRecord, event: e.NodeObserved) -> NodeRecord:
     changes["micro_usd_per_hour"] = event.micro_usd_per_hour or node.micro_usd_per_hour
     changes["observed_at"] = event.at
     if node.terminate_accepted_at is not None and event.status in RUNNING:
-        changes["running_at"] = event.at
+        changes |= {"running_at": event.at, "running_until": None}
+    elif node.running_at is not None:
+        changes["running_until"] = node.running_until or event.at
     if event.status not in {"booting", "unknown"} and node.active_at is None:
         last = node.observed_at if node.status in {"booting", None} else None
         changes["active_not_before"] = node.active_not_before or event.not_before or last or node.intended_at

@@ -70,6 +70,8 @@ class NodeRecord(Fact):
     terminate_accepted_at: datetime | None = None
     running_at: datetime | None = None
     """When it was last shown running although its termination had been accepted."""
+    running_until: datetime | None = None
+    """When it was first shown not to run any more after that."""
     gone_at: datetime | None = None
     gone_evidence: str | None = None
     seen_at: datetime | None = None

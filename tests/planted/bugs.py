@@ -165,7 +165,7 @@ BUGS = (
     ),
     Bug(
         "the bill ends when the node was seen to be gone",
-        ((CHARGES, "max(node.terminate_accepted_at or node.gone_at, ", "max(node.gone_at, "),),
+        ((CHARGES, "end = accepted or node.gone_at", "end = node.gone_at"),),
         ("tests/unit/test_charges.py",),
     ),
     Bug(

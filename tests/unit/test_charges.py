@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from datetime import timedelta
 from itertools import pairwise
 
@@ -90,8 +91,12 @@ def test_an_acceptance_that_led_to_nothing_is_not_the_end_of_the_bill() -> None:
 
 def test_a_node_that_runs_on_after_its_end_was_accepted_bills_on() -> None:
     story = Story().begun().launched().ready().after(100).terminated().after(30).observed("active")
+    unseen = copy.deepcopy(story).after(20).gone()
+    assert (_bill(unseen).end, _bill(unseen).final) == (at(150), True), "it may have run until then"
+    again = copy.deepcopy(story).after(20).terminated().after(30).gone()
+    assert (_bill(again).end, _bill(again).final) == (at(150), True), "the second acceptance was one"
     story.after(20).observed("terminating").after(10).gone()
-    assert (_bill(story).end, _bill(story).final) == (at(130), True)
+    assert (_bill(story).end, _bill(story).final) == (at(150), True), "there it was seen to run no more"
 
 
 def _reconciled(launched: float, ended: float) -> Story:
