@@ -278,10 +278,10 @@ class Rules:
             if not machine.late:  # nothing of ours lives while it bills unseen; `reap` is for that
                 ago = (self.s.now() - node.claims[-1].at).total_seconds() if node.claims else math.inf
                 begun = max(machine.active, self.s.t - ago)
-                seconds = max(0.0, min(machine.billed_until, self.s.t) - begun)
-                spent += charges.price(
-                    charges.billed(seconds, node.offer.tariff), self.s.plan.micro_usd_per_hour
-                )
+                seconds = min(machine.billed_until, self.s.t) - begun
+                if seconds > 0:  # a tariff's minimum is for what was active at all
+                    billed = charges.billed(seconds, node.offer.tariff)
+                    spent += charges.price(billed, self.s.plan.micro_usd_per_hour)
         _hold(
             spent <= allowed, f"{spent / 1e6:.2f} dollars were spent, {run.max_micro_usd / 1e6:.2f} allowed"
         )
