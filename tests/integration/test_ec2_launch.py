@@ -77,7 +77,8 @@ def node_texts(server: AwsServer, node_id: str) -> Iterator[tuple[str, str]]:
     home = server.directory / "nodes" / "homes" / node_id
     for path in home.rglob("*"):
         if path.is_file() and not path.is_symlink() and path.suffix not in {".bin", ".safetensors", ".pt"}:
-            yield str(path), path.read_bytes().decode(errors="replace")
+            with suppress(FileNotFoundError):  # a temporary one, renamed meanwhile
+                yield str(path), path.read_bytes().decode(errors="replace")
     for process in psutil.process_iter():
         with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             if process.environ().get("HOME") == str(home):
@@ -135,10 +136,10 @@ def test_s3_data_in_and_checkpoints_out(rented: Make, tmp_path: Path) -> None:
         addresses |= set(re.findall(r"http://127\.0\.0\.1:\d+/[^\s\"']*X-Amz-Signature[^\s\"']*", text))
     assert addresses
     for address in addresses:
-        assert urlsplit(address).path.startswith(f"/corpus/ckpt/{run}/slot-"), (
-            "an address for something else is on the node"
-        )
-        assert int(parse_qs(urlsplit(address).query)["X-Amz-Expires"][0]) <= 2 * 3600
+        path, query = urlsplit(address).path, parse_qs(urlsplit(address).query)
+        shard = path.startswith("/corpus/fox/")  # one that is still on its way, while the first steps run
+        assert shard or path.startswith(f"/corpus/ckpt/{run}/slot-"), "an address for something else"
+        assert int(query["X-Amz-Expires"][0]) <= (12 if shard else 2) * 3600
     cli.run("resume", run)
     assert cli.show(run)["state"] == "succeeded"
     assert [path for path in server.objects_got if path.startswith("/corpus/fox/train_")]
