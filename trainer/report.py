@@ -141,7 +141,7 @@ class Reporter:
         shutil.rmtree(self._scratch, ignore_errors=True)
         self._scratch.mkdir()
         os.environ["TMPDIR"] = str(self._scratch)  # wandb leaves folders there
-        state = _json(run / "report-state.json")
+        state = read_json(run / "report-state.json")
         for folder in self._folder.glob("offline-run-*"):
             if folder.name not in state.get("folders", ()):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -150,7 +150,7 @@ class Reporter:
         self._wandb: Any = None
         self._behind: str | None = None
         self._said = ""
-        self._token = _json(run / "report.json").get("token")
+        self._token = read_json(run / "report.json").get("token")
         self._beat: tuple[int, float] = (0, time.monotonic())
         """The supervisor's last writing, and when it was seen."""
 
@@ -175,7 +175,7 @@ class Reporter:
 
     def overtaken(self) -> bool:
         """Whether another start has come meanwhile."""
-        return _json(self.run / "report.json").get("token") not in {None, self._token}
+        return read_json(self.run / "report.json").get("token") not in {None, self._token}
 
     def _follow(self) -> None:
         """Log what the metrics have gained."""
@@ -188,7 +188,7 @@ class Reporter:
             self._wandb.log(values, step=line["step"])
 
     def _open(self) -> tuple[Any, str | None]:
-        plan = _json(self.run / "report.json")
+        plan = read_json(self.run / "report.json")
         options = {
             "project": plan["project"],
             "id": plan["run"],
@@ -221,8 +221,8 @@ class Reporter:
 
     def _over(self) -> bool:
         """Whether the supervisor of the newest start has ended, or is gone for good."""
-        path, plan = self.run / "supervisor.json", _json(self.run / "report.json")
-        self._token, supervisor = plan.get("token"), _json(path)
+        path, plan = self.run / "supervisor.json", read_json(self.run / "report.json")
+        self._token, supervisor = plan.get("token"), read_json(path)
         ended = supervisor.get("token") == self._token and supervisor.get("state") == "ended"
         if ended or plan.get("over") or not self.run.is_dir():
             return True
@@ -294,7 +294,8 @@ def say(text: str) -> None:
         os.write(2, f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {text}\n".encode())
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; {} where there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -129,14 +129,8 @@ class Wandb:
         self._behind: str | None = None
         """The folder of a run that was to be online and is not, to be synced at the end."""
         self._lines, self._busy = report.Lines(directory / "metrics.jsonl"), threading.Event()
-        self._sent = self._remembered()
-
-    def _remembered(self) -> dict[str, int]:
+        self._sent = report.last_sent(report.read_json(directory / "wandb.json"))
         """The last step that was sent, by kind."""
-        try:
-            return report.last_sent(json.loads((self._directory / "wandb.json").read_text()))
-        except (OSError, ValueError):
-            return report.last_sent({})
 
     def __call__(self, run: RunRecord) -> None:
         """Send what the metrics have gained, unless the last sending is still at work."""

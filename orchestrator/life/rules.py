@@ -277,7 +277,7 @@ def _failing(attempt: AttemptRecord) -> str | None:
     worn = any(
         count >= MAX_JOB_FAILURES
         for name, (count, _) in attempt.failures.items()
-        if name.rpartition("/")[2] not in {"collect", "stop", "push", "wandb"}
+        if name.rpartition("/")[2] not in {"collect", "stop", *verdict.BESIDE}
     )
     return "prepare-failed" if worn else None
 

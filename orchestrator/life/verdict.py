@@ -18,6 +18,9 @@ MAX_ABANDONED = 3
 OFFERS_PATIENCE = timedelta(minutes=5)
 """How long a provider may fail to say what it has before a launch that does not wait is given up."""
 
+BESIDE = frozenset({"push", "wandb"})
+"""Jobs that go on beside the training: whatever becomes of them, the run goes on."""
+
 _NOT_AS_RENTED = frozenset({"preflight", "boot-timeout", "prepare-failed"})
 _TRY_ANOTHER = frozenset({"no-capacity", "launch-lost"}) | _NOT_AS_RENTED
 _REPLACE = frozenset({"node-lost", "trainer-interrupted", "trainer-lost"})
@@ -87,7 +90,7 @@ def _failure(run: RunRecord, attempt: AttemptRecord) -> str:
         return attempt.fatal
     nodes = [node for node in run.nodes if node.key in attempt.keys]
     told = [node.refusal or node.preflight_failed for node in nodes]
-    jobs = [reason for name, (_, reason) in attempt.failures.items() if name not in {"push", "wandb"}]
+    jobs = [reason for name, (_, reason) in attempt.failures.items() if name not in BESIDE]
     detail = next((text for text in (*told, *jobs) if text), "")
     return f"{attempt.end_reason}: {detail}" if detail else str(attempt.end_reason)
 

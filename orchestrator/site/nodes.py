@@ -75,8 +75,9 @@ class NodeSite:
     def observe(self, run: RunRecord) -> SiteView:
         """Keep a watch on each node of the open attempt; report what is new."""
         self._attend(run)
-        self._renewer.renew(run, self._first(run))
-        self._reporting.look(run, self._first(run))
+        first = self._first(run)
+        self._renewer.renew(run, first)
+        self._reporting.look(run, first)
         changes = list(self._difference(run))
         with self._lock:
             changes += self._news

@@ -16,12 +16,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import trainer
 from orchestrator.clock import Clock
 from orchestrator.life import terms
-from orchestrator.remote.connection import NoSuchFile, RemoteError
+from orchestrator.remote.connection import RemoteError
 from orchestrator.remote.node import Remote
-from orchestrator.site import collect
+from orchestrator.site import beside, collect
 from orchestrator.site.watch import Watch
 from provisioning.base import ProviderError, Refused
 from provisioning.objects import S3
@@ -131,11 +130,7 @@ def found(store: S3, run: RunRecord) -> list[Pushed]:
 
 def start(remote: Remote, run: RunRecord, store: S3, until: datetime | None, now: datetime) -> None:
     """Write fresh addresses and see that the uploader runs; harmless where it does. Raises ProviderError, RemoteError."""
-    place = f"~/llmctl/runs/{run.run}"
-    remote.write(f"{place}/push.json", json.dumps(addresses(store, run, until, now)).encode(), 0o600)
-    script = Path(trainer.__file__).with_name("push.py").read_bytes()
-    remote.write("~/llmctl/push.py", script, 0o644)
-    remote.detach(["python3", "../../push.py", "--run", "."], cwd=place, log="push.log")
+    beside.start(remote, run, "push", addresses(store, run, until, now))
 
 
 def settle(remote: Remote, run: RunRecord, clock: Clock) -> bool:
@@ -145,22 +140,13 @@ def settle(remote: Remote, run: RunRecord, clock: Clock) -> bool:
         return True
     began, stuck, never = clock.monotonic(), clock.monotonic(), threading.Event()
     while clock.monotonic() - began < SETTLE_SECONDS and clock.monotonic() - stuck < STUCK_SECONDS:
-        status = _status(remote, run)
+        status = beside.said(remote, run, "push")
         if status.get("state") == "done":
             return True
         if status.get("state") == "uploading":
             stuck = clock.monotonic()
         clock.wait(never, 0.5)
     return False
-
-
-def _status(remote: Remote, run: RunRecord) -> dict[str, Any]:
-    """What the uploader said last; {} before that. Raises RemoteError."""
-    try:
-        status = json.loads(remote.read(f"~/llmctl/runs/{run.run}/push-status.json"))
-    except (NoSuchFile, ValueError):
-        return {}
-    return status if isinstance(status, dict) else {}
 
 
 def complaint(status: Mapping[str, Any]) -> str:
@@ -202,7 +188,7 @@ class Renewer:
 
         def work() -> None:
             try:
-                status = _status(remote, run)
+                status = beside.said(remote, run, "push")
                 if now >= self._due.setdefault(token, 0.0) or status.get("state") == "expired":
                     start(remote, run, store, until, self._clock.now())
                     self._due[token] = now + RENEW_SECONDS

@@ -6,7 +6,6 @@ any number of times, so each driver starts it, and once more at the end where it
 
 from __future__ import annotations
 
-import json
 import netrc
 import os
 import threading
@@ -15,17 +14,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import trainer
 from orchestrator.clock import Clock
 from orchestrator.remote import transfer
 from orchestrator.remote.connection import (
     CommandFailed,
     CommandTimeout,
     NodeUnreachable,
-    NoSuchFile,
     RemoteError,
 )
 from orchestrator.remote.node import Remote
+from orchestrator.site import beside
 from orchestrator.site.start import directory
 from orchestrator.site.watch import Watch
 from runs.record import RunRecord
@@ -68,7 +66,7 @@ def credentials() -> dict[str, str]:
 def start(remote: Remote, run: RunRecord, *, over: bool = False) -> None:
     """Start the reporter of the attempt; harmless where it runs. `over`: it need not wait for a supervisor's end. The key is in
     that process's environment alone, and only where it is needed. Raises RemoteError."""
-    attempt, place, section = run.attempt, directory(run.run), run.spec["wandb"]
+    attempt, section = run.attempt, run.spec["wandb"]
     assert attempt is not None
     environment = attempt.lanes[f"{attempt.keys[0]}/environment"].detail
     plan = {
@@ -80,10 +78,8 @@ def start(remote: Remote, run: RunRecord, *, over: bool = False) -> None:
         "config": config(run),
     }
     secrets = credentials() if section["mode"] == "online" else {}
-    remote.write("~/llmctl/report.py", Path(trainer.__file__).with_name("report.py").read_bytes(), 0o644)
-    remote.write(f"{place}/report.json", json.dumps(plan).encode(), 0o600)
-    argv = [environment["python"], "../../report.py", "--run", "."]
-    remote.detach(argv, cwd=place, log="report.log", env={**environment.get("env", {}), **secrets})
+    env = {**environment.get("env", {}), **secrets}
+    beside.start(remote, run, "report", plan, python=environment["python"], env=env)
 
 
 def _ended(status: dict[str, Any]) -> bool:
@@ -93,11 +89,8 @@ def _ended(status: dict[str, Any]) -> bool:
 def _status(remote: Remote, run: RunRecord) -> dict[str, Any]:
     """What the reporter of this attempt said last; {} before that. Raises RemoteError."""
     assert run.attempt is not None
-    try:
-        status = json.loads(remote.read(f"{directory(run.run)}/report-status.json"))
-    except (NoSuchFile, ValueError):
-        return {}
-    return status if isinstance(status, dict) and status.get("token") == run.attempt.token else {}
+    status = beside.said(remote, run, "report")
+    return status if status.get("token") == run.attempt.token else {}
 
 
 class Reporting:
