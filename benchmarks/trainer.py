@@ -1,46 +1,86 @@
-"""What each change in the trainer is worth on this machine: the ladder of docs/performance.md.
+"""What each change in the trainer is worth on this machine: the ladders of docs/performance.md.
 
-    python benchmarks/trainer.py ladder [--rounds 5] [--last N]     every rung, or the last ones, against the one below
-    python benchmarks/trainer.py ratio  [--rounds 9]                the trainer against a plain compiled GPT-2
+    python benchmarks/trainer.py ladder [--device cuda] [--rounds 5] [--last N]   every rung, or the last ones, against the one below
+    python benchmarks/trainer.py ratio  [--device cuda] [--rounds 9]              the trainer against a plain compiled GPT-2
 
 Two processes hold one variant each and take turns, a few steps at a time, so that whatever else the machine does hits
-both; medians over all turns count. 6 layers x 384, context 256, batch 8, vocabulary 50,257, untied, float32 unless a
-rung says otherwise; synthetic tokens.
+both; medians over all turns count. Vocabulary 50,257, untied, synthetic tokens. CPU: 6 layers x 384, context 256, batch 8,
+float32 unless a rung says otherwise. GPU: 12 layers x 768, context 1,024, batch 16 (what attention written out leaves room for).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
 import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 sys.path[0] = str(
     Path(__file__).resolve().parents[1]
 )  # this script's folder has a `trainer` of its own: the script
-WIDTH, LAYERS, HEADS, CONTEXT, BATCH, VOCAB = 384, 6, 6, 256, 8, 50_257
+VOCAB = 50_257
+SIZES = {
+    "cpu": {"width": 384, "layers": 6, "heads": 6, "context": 256, "batch": 8, "steps": 2},
+    "cuda": {"width": 768, "layers": 12, "heads": 12, "context": 1024, "batch": 16, "steps": 5},
+}
+"""Of the model, of a step, and the steps of a turn."""
+TOGETHER = 3
+"""Rungs measured with one start of their processes."""
+PRECISIONS = {"cpu": [("fp32", "fp32"), ("fp32", "bf16")], "cuda": [("fp32", "bf16"), ("bf16", "bf16")]}
+"""Pairs of the plain model's and ours."""
 PLAIN = {"model": "plain", "attention": "written out", "compile": False, "vocab": VOCAB, "precision": "fp32"}
-RUNGS = [
-    ("plain PyTorch: attention written out, AdamW, clipping", PLAIN),
-    ("scaled_dot_product_attention", {"attention": "sdpa"}),
-    ("torch.compile of the whole model", {"compile": True}),
-    ("vocabulary padded to 50,304", {"vocab": 50_304}),
+OURS = {"model": "ours", "loss": "chunked", "optimizer": "fused"}
+COMPILED = {**PLAIN, "attention": "sdpa", "compile": True, "vocab": 50_304}
+SHARED_RUNGS = [
     (
         "this trainer's model, blocks compiled in place, loss over all logits",
         {"model": "ours", "loss": "plain"},
     ),
     ("chunked cross-entropy with its gradient in forward", {"loss": "chunked"}),
     ("fused AdamW that clips in the same pass", {"optimizer": "fused"}),
-    ("allocator keeps its memory", {"allocator": "keeps"}),
-    ("bf16 compute, float32 weights", {"precision": "bf16"}),
 ]
-RATIO = ({**PLAIN, "attention": "sdpa", "compile": True, "vocab": 50_304},
-         {"model": "ours", "loss": "chunked", "optimizer": "fused", "allocator": "keeps", "precision": "fp32"})  # fmt: skip
+RUNGS = {
+    "cpu": [
+        ("plain PyTorch: attention written out, AdamW, clipping", PLAIN),
+        ("scaled_dot_product_attention", {"attention": "sdpa"}),
+        ("torch.compile of the whole model", {"compile": True}),
+        ("vocabulary padded to 50,304", {"vocab": 50_304}),
+        *SHARED_RUNGS,
+        ("allocator keeps its memory", {"allocator": "keeps"}),
+        ("bf16 compute, float32 weights", {"precision": "bf16"}),
+    ],
+    "cuda": [
+        (
+            "plain PyTorch: float32, attention written out, AdamW, clipping, the loss read each step",
+            {**PLAIN, "host": "waits", "batches": "read at need"},
+        ),
+        ("TF32 for float32 products", {"tf32": True}),
+        ("bf16 compute (autocast), float32 weights", {"precision": "bf16"}),
+        ("scaled_dot_product_attention", {"attention": "sdpa"}),
+        ("torch.compile of the whole model", {"compile": True}),
+        ("vocabulary padded to 50,304", {"vocab": 50_304}),
+        *SHARED_RUNGS,
+        ("no wait for the GPU within a step", {"host": "runs ahead"}),
+        ("batches read ahead into pinned memory", {"batches": "read ahead"}),
+        ("garbage collector frozen", {"collector": "frozen"}),
+        ("microbatch of 128 instead of 16", {"batch": 128}),
+    ],
+}
+RATIO = {
+    "cpu": (COMPILED, {**OURS, "allocator": "keeps", "precision": "fp32"}),
+    "cuda": (
+        {**COMPILED, "tf32": True, "host": "waits", "batches": "read at need"},
+        {**OURS, "tf32": True, "batches": "read ahead", "collector": "frozen", "precision": "bf16"},
+    ),
+}
 
 
 def plain_model(variant):
@@ -48,23 +88,25 @@ def plain_model(variant):
     import torch.nn.functional as F  # noqa: N812
     from torch import nn
 
+    width, heads, layers, context = (variant[key] for key in ("width", "heads", "layers", "context"))
+
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
-            self.norm_1, self.norm_2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-            self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-            self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+            self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+            self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+            self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
         def attend(self, x):
             b, t, d = x.shape
             q, k, v = (
-                part.view(b, t, HEADS, d // HEADS).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1)
+                part.view(b, t, heads, d // heads).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1)
             )
             if variant["attention"] == "sdpa":
                 y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             else:
-                mask = torch.ones(t, t, dtype=torch.bool).triu(1)
-                scores = (q @ k.transpose(-2, -1) / (d // HEADS) ** 0.5).masked_fill(mask, float("-inf"))
+                mask = torch.ones(t, t, dtype=torch.bool, device=x.device).triu(1)
+                scores = (q @ k.transpose(-2, -1) / (d // heads) ** 0.5).masked_fill(mask, float("-inf"))
                 y = scores.softmax(-1) @ v
             return self.out(y.transpose(1, 2).reshape(b, t, d))
 
@@ -75,20 +117,28 @@ def plain_model(variant):
     class Plain(nn.Module):
         def __init__(self):
             super().__init__()
-            self.tokens, self.positions = nn.Embedding(variant["vocab"], WIDTH), nn.Embedding(CONTEXT, WIDTH)
-            self.blocks = nn.Sequential(*(Block() for _ in range(LAYERS)))
-            self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, variant["vocab"], bias=False)
+            self.tokens, self.positions = nn.Embedding(variant["vocab"], width), nn.Embedding(context, width)
+            self.blocks = nn.Sequential(*(Block() for _ in range(layers)))
+            self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, variant["vocab"], bias=False)
             for parameter in self.parameters():
                 if parameter.ndim == 2:
                     nn.init.normal_(parameter, 0, 0.02)
 
         def forward(self, inputs, targets):
-            x = self.tokens(inputs) + self.positions(torch.arange(inputs.shape[1]))
+            x = self.tokens(inputs) + self.positions(torch.arange(inputs.shape[1], device=inputs.device))
             logits = self.head(self.norm(self.blocks(x)))
             return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    model = Plain()
-    return model, torch.compile(model) if variant["compile"] else model
+    model = Plain().to(variant["device"])
+    loss = torch.compile(model) if variant["compile"] else model
+    if variant["precision"] == "fp32":
+        return model, loss
+
+    def narrow(inputs, targets):
+        with torch.autocast(variant["device"], torch.bfloat16):
+            return loss(inputs, targets)
+
+    return model, narrow
 
 
 def our_model(variant):
@@ -96,125 +146,202 @@ def our_model(variant):
     import torch.nn.functional as F  # noqa: N812
 
     from trainer import distributed, session
-    from trainer.config import DataConfig, ModelConfig, TrainConfig, TrainerConfig
 
-    model = ModelConfig(
-        vocab_size=VOCAB, context_length=CONTEXT, emb_dim=WIDTH, n_heads=HEADS, n_layers=LAYERS, qkv_bias=True
-    )
-    train = TrainConfig(global_batch_size=BATCH, steps=1000, device="cpu", precision=variant["precision"])
-    config = TrainerConfig(DataConfig(train=["-"]), model, train)
+    config = our_config(variant)
     if variant.get("allocator") == "keeps":
         session.keep_memory()
-    here = distributed.World(0, 1, 0, 1, torch.device("cpu"))
+    here = distributed.World(0, 1, 0, 1, torch.device(variant["device"]))
     gpt, module, optimizer = session.build(config, here)
     session.use_seed_weights(gpt, config)
+    count = float(variant["batch"] * variant["context"])
     if variant["loss"] == "chunked":
-        return gpt, (lambda inputs, targets: module(inputs, targets, float(BATCH * CONTEXT))), optimizer
+        return gpt, (lambda inputs, targets: module(inputs, targets, count)), optimizer
 
     def full_logits(hidden, weight, targets):
-        return F.cross_entropy(F.linear(hidden.flatten(0, 1), weight), targets.flatten())
+        logits = F.linear(hidden.flatten(0, 1), weight.to(hidden.dtype))
+        return F.cross_entropy(logits.float(), targets.flatten())
 
     compiled = torch.compile(full_logits)
     return gpt, (lambda inputs, targets: compiled(gpt.hidden(inputs), gpt.head.weight, targets)), optimizer
 
 
-def worker(variant):
-    """Hold one variant; for every number read, make that many steps and answer with the seconds of each."""
+def our_config(variant):
+    from trainer.config import DataConfig, ModelConfig, TrainConfig, TrainerConfig
+
+    model = ModelConfig(vocab_size=VOCAB, context_length=variant["context"], emb_dim=variant["width"],
+                        n_heads=variant["heads"], n_layers=variant["layers"], qkv_bias=True)  # fmt: skip
+    train = TrainConfig(global_batch_size=variant["batch"], steps=1000, device=variant["device"],
+                        precision=variant["precision"])  # fmt: skip
+    return TrainerConfig(DataConfig(train=["-"]), model, train)
+
+
+def batches(variant, folder):
+    """What gives (inputs, targets) of the next step: the same ones each time on a CPU, where reading is nothing."""
     import torch
 
+    from trainer import bench
+    from trainer.batches import Batches
+
+    size, context, device = variant["batch"], variant["context"], torch.device(variant["device"])
+    reader = bench.synthetic(our_config(variant), folder, 4 * size)
+    if variant.get("batches") == "read ahead":
+        ahead = Batches(reader, global_batch_size=size, microbatch_size=size, rank=0, world_size=1, first_step=1,
+                        last_step=10**6, device=device)  # fmt: skip
+        return ahead.next
+    tokens = torch.empty(size, context + 1, dtype=torch.int64)
+    reader.read(range(size), tokens.numpy())
+    if variant.get("batches") == "read at need":
+
+        def read():
+            reader.read(range(size), tokens.numpy())
+            moved = tokens.to(device)
+            return moved[:, :-1], moved[:, 1:]
+
+        return read
+    fixed = tokens.to(device)
+    return lambda: (fixed[:, :-1], fixed[:, 1:])
+
+
+def worker(variant):
+    """Hold one variant; for every number read, make that many steps and answer with the seconds that one took."""
+    import torch
+
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
+    if variant.get("tf32"):
+        torch.set_float32_matmul_precision("high")
     fused = None
     if variant["model"] == "plain":
         model, loss = plain_model(variant)
     else:
         model, loss, fused = our_model(variant)
     plain = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
-    tokens = torch.randint(VOCAB, (BATCH, CONTEXT + 1))
 
-    def step():
-        loss(tokens[:, :-1], tokens[:, 1:]).backward()
+    def step(following):
+        value = loss(*following())
+        value.backward()
         if variant.get("optimizer") == "fused":
             fused.step(1.0)
         else:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             plain.step()
             plain.zero_grad()
+        if variant.get("host") == "waits":
+            value.item()
 
-    for _ in range(3):
-        step()
-    print("ready", flush=True)
-    for line in sys.stdin:
-        seconds = []
-        for _ in range(int(line)):
+    wait = torch.cuda.synchronize if variant["device"] == "cuda" else contextlib.nullcontext
+    with tempfile.TemporaryDirectory() as folder:
+        following = batches(variant, Path(folder))
+        for _ in range(3):
+            step(following)
+        if variant.get("collector") == "frozen":
+            gc.collect()
+            gc.freeze()
+            gc.disable()
+        wait()
+        print("ready", flush=True)
+        for line in sys.stdin:
             begun = time.perf_counter()
-            step()
-            seconds.append(time.perf_counter() - begun)
-        print(json.dumps(seconds), flush=True)
+            for _ in range(int(line)):
+                step(following)
+            wait()
+            print(json.dumps((time.perf_counter() - begun) / int(line)), flush=True)
+        os._exit(0)  # the reading thread is in the middle of something
 
 
-def start(variant):
-    command = [sys.executable, __file__, "worker", json.dumps(variant)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    while process.stdout.readline().strip() != "ready":
-        if process.poll() is not None:
-            raise SystemExit(f"the worker for {variant} ended with {process.returncode}")
-    return process
-
-
-def compare(left, right, rounds):
-    """Median tokens per second of two variants that take turns of two steps."""
-    processes = [start(left), start(right)]
-    seconds = [[], []]
+@contextlib.contextmanager
+def started(variants):
+    """A process for each variant, all of them ready; gone afterwards."""
+    processes = [
+        subprocess.Popen([sys.executable, __file__, "worker", json.dumps(variant)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for variant in variants
+    ]  # fmt: skip
     try:
-        for _ in range(rounds):
-            for index, process in enumerate(processes):
-                print(2, file=process.stdin, flush=True)
-                seconds[index] += json.loads(process.stdout.readline())
+        for variant, process in zip(variants, processes, strict=True):
+            while process.stdout.readline().strip() != "ready":
+                if process.poll() is not None:
+                    raise SystemExit(f"the worker for {variant} ended with {process.returncode}")
+        yield processes
     finally:
         for process in processes:
             process.stdin.close()
             process.wait()
-    return [BATCH * CONTEXT / statistics.median(times) for times in seconds]
+
+
+def compare(variants, processes, rounds):
+    """Median tokens per second of two variants that take turns of a few steps."""
+    seconds = [[], []]
+    for _ in range(rounds):
+        for taken, variant, process in zip(seconds, variants, processes, strict=True):
+            print(variant["steps"], file=process.stdin, flush=True)
+            taken.append(json.loads(process.stdout.readline()))
+    return [
+        variant["batch"] * variant["context"] / statistics.median(taken)
+        for taken, variant in zip(seconds, variants, strict=True)
+    ]
+
+
+def ladder(given, rounds, last):
+    """Print the rungs, each beside the one below it. A few are started together: most of the time goes into compiling."""
+    rungs = RUNGS[given["device"]]
+    variants = [{**given, **rungs[0][1]}]
+    for _, change in rungs[1:]:
+        variants.append({**variants[-1], **change})
+    first = max(0, len(rungs) - 1 - last) if last else 0
+    print("| change | before, tok/s | after, tok/s | ratio |\n|---|---|---|---|")
+    for begin in range(first, len(rungs) - 1, TOGETHER):
+        some = variants[begin : begin + TOGETHER + 1]
+        with started(some) as processes:
+            for index in range(len(some) - 1):
+                slow, fast = compare(some[index : index + 2], processes[index : index + 2], rounds)
+                name = rungs[begin + index + 1][0]
+                print(f"| {name} | {slow:,.0f} | {fast:,.0f} | {fast / slow:.2f} |", flush=True)
+
+
+def ratio(given, rounds):
+    """Print the trainer beside the plain compiled model, in the precisions that this device is made for."""
+    plain, ours = RATIO[given["device"]]
+    for left, right in PRECISIONS[given["device"]]:
+        pair = [{**given, **plain, "precision": left}, {**given, **ours, "precision": right}]
+        with started(pair) as processes:
+            slow, fast = compare(pair, processes, rounds)
+        print(
+            f"plain compiled GPT-2, {left}: {slow:,.0f} tok/s; this trainer, {right}: {fast:,.0f} tok/s; {fast / slow:.3f}x",
+            flush=True,
+        )
+
+
+def machine(device):
+    """The processor or the GPU, and torch's version."""
+    import torch
+
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+    return f"{model}, {len(os.sched_getaffinity(0))} threads, torch {torch.__version__}"
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("what", choices=["ladder", "ratio", "worker"])
     parser.add_argument("variant", nargs="?")
+    parser.add_argument("--device", choices=list(SIZES), default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--last", type=int, default=len(RUNGS) - 1, metavar="N", help="only the last N rungs")
+    parser.add_argument("--last", type=int, metavar="N", help="only the last N rungs")
     options = parser.parse_args()
     if options.what == "worker":
         worker(json.loads(options.variant))
         return
-    import torch
-
-    model = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
-    print(f"{model}, {len(os.sched_getaffinity(0))} threads, torch {torch.__version__}")
+    print(machine(options.device))
+    given = {**SIZES[options.device], "device": options.device}
     if options.what == "ratio":
-        for precision in ("fp32", "bf16"):
-            plain, ours = compare(RATIO[0], {**RATIO[1], "precision": precision}, options.rounds)
-            print(
-                f"plain compiled GPT-2, fp32: {plain:,.0f} tok/s; this trainer, {precision}: {ours:,.0f} tok/s; {ours / plain:.3f}x",
-                flush=True,
-            )
-        return
-    variant = RUNGS[0][1]
-    print("| change | before, tok/s | after, tok/s | ratio |\n|---|---|---|---|")
-    for number, (name, change) in enumerate(RUNGS[1:], 1):
-        before, variant = variant, {**variant, **change}
-        if number < len(RUNGS) - options.last:
-            continue
-        slow, fast = compare(before, variant, options.rounds)
-        print(f"| {name} | {slow:,.0f} | {fast:,.0f} | {fast / slow:.2f} |", flush=True)
+        ratio(given, options.rounds)
+    else:
+        ladder(given, options.rounds, options.last)
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ class Local:
                 )
         except (OSError, subprocess.CalledProcessError) as error:
             raise Refused(
-                f"the local node {key} could not be started: {error}",
+                f"the local node {key} could not be started: {_why(error, directory)}",
                 code="local",
                 hint=f"see {directory / 'server.log'}; `llmctl doctor` checks this machine",
             ) from error
@@ -227,6 +227,15 @@ class Local:
             finally:
                 os.close(descriptor)
             return
+
+
+def _why(error: Exception, directory: Path) -> str:
+    """What kept a node's server from starting: its own last word, where it had one."""
+    if not isinstance(error, subprocess.CalledProcessError):
+        return str(error)
+    words = (directory / "server.log").read_text(encoding="utf-8", errors="replace").split("\n")
+    last = next((line for line in reversed(words) if line.strip()), "it said nothing")
+    return f"its server ended with exit code {error.returncode}: {last.strip()}"
 
 
 def installed_gpus() -> tuple[str | None, int]:

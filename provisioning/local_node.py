@@ -21,6 +21,7 @@ import json
 import os
 import secrets
 import signal
+import site
 import subprocess
 import sys
 import time
@@ -40,7 +41,11 @@ MARK = "LLMCTL_NODE_DIRECTORY"
 GRACE_SECONDS = 2.0
 """Between asking a node's processes to end and making them."""
 END_SECONDS = 15.0
-_START = "import sys; from pathlib import Path; from provisioning.local_node import serve; serve(Path(sys.argv[1]))"
+_START = (
+    "import sys; sys.path[:] = sys.argv[2:]; "
+    "from pathlib import Path; from provisioning.local_node import serve; serve(Path(sys.argv[1]))"
+)
+"""The server imports what this process can import, also where that comes from PYTHONPATH or the user's own packages."""
 _INHERITED = ("CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "TZ")
 """All that a node takes from its starter's environment besides PATH: what describes the machine, nothing secret."""
 
@@ -121,9 +126,11 @@ def spawn(
         }
         _write(directory / "node.json", wanted)
         kept = {key: os.environ[key] for key in _INHERITED if key in os.environ}
+        if site.ENABLE_USER_SITE:  # torch installed with `pip --user`: the node has another HOME
+            kept["PYTHONUSERBASE"] = site.getuserbase()
         with (directory / "server.log").open("ab") as log:
             subprocess.run(
-                [sys.executable, "-P", "-c", _START, str(directory.resolve())],
+                [sys.executable, "-P", "-c", _START, str(directory.resolve()), *filter(None, sys.path)],
                 env={"PATH": wanted["path"], "HOME": wanted["home"], "LANG": "C.UTF-8", **kept},
                 cwd=home,
                 stdin=subprocess.DEVNULL,

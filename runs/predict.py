@@ -24,7 +24,7 @@ from trainer.gpus import GPUS, Gpu
 
 Basis = Literal["history", "roofline", "unknown"]
 
-ENOUGH_TOKENS = {"cuda": 65_536, "cpu": 16_384}
+ENOUGH_TOKENS = {"cuda": 131_072, "cpu": 16_384}
 USABLE = 0.92
 """As the trainer chooses (trainer.microbatch, which needs torch)."""
 

@@ -8,9 +8,9 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,15 @@ from trainer import distributed, flops, microbatch, reading, schedule
 from trainer.batches import Batches, Reader, training_reader
 from trainer.config import ConfigError, DataConfig, TrainerConfig
 from trainer.distributed import World
-from trainer.session import build, can_compile, gpu_of, peak_memory_gib, set_up_process, use_seed_weights
+from trainer.session import (
+    Mark,
+    build,
+    can_compile,
+    gpu_of,
+    peak_memory_gib,
+    set_up_process,
+    use_seed_weights,
+)
 from trainer.shards import write_bin
 
 WARM_UP_STEPS = 3
@@ -53,21 +61,21 @@ def measure(
         world_size=here.size, first_step=1, last_step=WARM_UP_STEPS + steps, device=here.device,
     )  # fmt: skip
     share = train.global_batch_size // here.size
-    taken = []
+    ended: list[Mark] = []
     try:
         for step in range(1, WARM_UP_STEPS + steps + 1):
-            _synchronise(here.device)
-            started = time.perf_counter()
             for index in range(share // microbatch_size):
                 inputs, targets = batches.next()
                 with distributed.synchronised(module, index == share // microbatch_size - 1):
                     module(inputs, targets, float(share * config.model.context_length)).backward()
             optimizer.step(schedule.factor(step, WARM_UP_STEPS + steps, train))
-            _synchronise(here.device)
-            taken.append(time.perf_counter() - started)
+            ended.append(Mark(here.device))
+            if step > 1:
+                ended[-2].wait()  # as in training: at most one step ahead of the GPU
+        ended[-1].wait()
     finally:
         batches.close()
-    seconds = statistics.median(taken[WARM_UP_STEPS:])
+    seconds = statistics.median(a.seconds_until(b) for a, b in pairwise(ended[WARM_UP_STEPS - 1 :]))
     speed = config.tokens_per_step / seconds
     gpu = gpu_of(here.device)
     peak = gpu.bf16_flops * here.size if gpu and gpu.bf16_flops and train.precision == "bf16" else None
@@ -75,11 +83,6 @@ def measure(
     return Measured(
         microbatch_size, config.model.context_length, seconds, speed, mfu, peak_memory_gib(here.device)
     )
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def synthetic(config: TrainerConfig, directory: Path, sequences: int) -> Reader:

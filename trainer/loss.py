@@ -16,6 +16,8 @@ from trainer import flops
 
 ROWS_IN_CACHE = 32
 """Rows of logits that a CPU takes through the softmax at a time: 6 MB of a vocabulary of 50,257."""
+LOW_CAP = 20.0
+"""With logits within ±20, exp(logit − 20) is at least 4e-18: no sum of them is lost, in bf16 neither."""
 
 
 def softcap_(logits: Tensor, softcap: float | None) -> Tensor:
@@ -23,29 +25,37 @@ def softcap_(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
+def _real(logits_nv: Tensor, vocab_size: int) -> Tensor:
+    """Which columns are of the vocabulary, (1, v). Whole rows, masked, are read sixteen bytes at a time; rows cut off at 50,257 are not."""
+    return (torch.arange(logits_nv.shape[1], device=logits_nv.device) < vocab_size)[None]
+
+
 def _chunk_loss(logits_nv: Tensor, targets_n: Tensor, vocab_size: int, softcap: float | None) -> Tensor:
     """Sum of a chunk's losses."""
-    wide = softcap_(logits_nv[:, :vocab_size].float(), softcap)
+    wide = softcap_(logits_nv.float(), softcap)
     picked = wide.gather(1, targets_n.clamp(min=0)[:, None])[:, 0]
-    losses = torch.logsumexp(wide, dim=1) - picked
+    losses = torch.logsumexp(wide.masked_fill(~_real(logits_nv, vocab_size), -torch.inf), dim=1) - picked
     return torch.where(targets_n >= 0, losses, 0.0).sum()
 
 
 def _chunk_top(
     logits_nv: Tensor, targets_n: Tensor, vocab_size: int, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """The largest logit of each row and that of its target, (n, 1) each. The cap is monotonous, so it comes after."""
-    raw = logits_nv[:, :vocab_size]
-    top_n1, picked_n1 = raw.amax(dim=1, keepdim=True), raw.gather(1, targets_n.clamp(min=0)[:, None])
-    return softcap_(top_n1.float(), softcap), softcap_(picked_n1.float(), softcap)
+    """What each row's exponents are taken from, so that none overflows, and the logit of its target, (n, 1) each: the largest
+    logit, or a low cap itself, which spares the pass over the logits. The cap is monotonous, so it comes after."""
+    picked_n1 = softcap_(logits_nv.gather(1, targets_n.clamp(min=0)[:, None]).float(), softcap)
+    if softcap is not None and softcap <= LOW_CAP:
+        return torch.full_like(picked_n1, softcap), picked_n1
+    top_n1 = logits_nv.masked_fill(~_real(logits_nv, vocab_size), -torch.inf).amax(dim=1, keepdim=True)
+    return softcap_(top_n1.float(), softcap), picked_n1
 
 
 def _chunk_exponentials_(logits_nv: Tensor, top_n1: Tensor, vocab_size: int, softcap: float | None) -> Tensor:
-    """`logits_nv` becomes E = exp(logit − top), times the cap's derivative; returns the rows' ΣE, (n, 1)."""
-    wide = softcap_(logits_nv[:, :vocab_size].float(), softcap)
-    exponentials = torch.exp(wide - top_n1)
+    """`logits_nv` becomes E = exp(logit − top), times the cap's derivative, and 0 in the padding; returns the rows' ΣE, (n, 1)."""
+    wide = softcap_(logits_nv.float(), softcap)
+    exponentials = torch.where(_real(logits_nv, vocab_size), torch.exp(wide - top_n1), 0.0)
     slope = exponentials if softcap is None else exponentials * (1 - (wide / softcap).square())
-    logits_nv[:, :vocab_size] = slope.to(logits_nv.dtype)
+    logits_nv.copy_(slope.to(logits_nv.dtype))
     return exponentials.sum(dim=1, keepdim=True)
 
 
@@ -80,7 +90,6 @@ def _slope_(
     sums = (torch.cat(parts) for parts in (tops, picked, totals))
     loss, factor_n1, at_target_n1 = _fused(_chunk_factors)(*sums, targets_n, softcap, scale)
     # Outside the compiled parts: within them, these few elements would cost a copy of everything.
-    logits_nv[:, vocab_size:] = 0.0
     logits_nv.scatter_(1, targets_n.clamp(min=0)[:, None], at_target_n1.to(logits_nv.dtype))
     return loss, factor_n1
 

@@ -11,7 +11,7 @@ from trainer import config as configuration
 from trainer.config import ConfigError, TrainerConfig
 from trainer.distributed import World
 
-ENOUGH_TOKENS = {"cuda": 65_536, "cpu": 16_384}
+ENOUGH_TOKENS = {"cuda": 131_072, "cpu": 16_384}
 """Tokens of a microbatch beyond which nothing gets faster."""
 USABLE = 0.92
 """Share of a GPU's memory that a prediction may fill."""

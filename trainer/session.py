@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import platform
 import resource
 import shutil
 import sys
+import sysconfig
 import threading
 import time
 from collections import deque
@@ -230,15 +232,16 @@ def _zero(model: GPT) -> None:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile has the C++ compiler that it needs here; says so where not."""
+    """Whether torch.compile has what it needs here, a C++ compiler and for a GPU Python's headers; says so where not."""
     compiler = os.environ.get("CXX", "g++")
+    missing = None
     if shutil.which(compiler) is None and shutil.which("clang++") is None:
-        if int(os.environ.get("RANK", "0")) == 0:
-            log(
-                f"train.compile is on, but there is no C++ compiler ({compiler}) for {device.type}: not compiled"
-            )
-        return False
-    return True
+        missing = f"C++ compiler ({compiler})"
+    elif device.type == "cuda" and not Path(sysconfig.get_path("include"), "Python.h").exists():
+        missing = f"Python.h in {sysconfig.get_path('include')} (python3-dev)"  # Triton builds its launchers with it
+    if missing is not None and int(os.environ.get("RANK", "0")) == 0:
+        log(f"train.compile is on, but there is no {missing} for {device.type}: not compiled")
+    return missing is None
 
 
 def set_up_process(config: TrainerConfig) -> None:
@@ -250,6 +253,10 @@ def set_up_process(config: TrainerConfig) -> None:
     )  # TF32 on a GPU for what is left in float32; nothing changes on a CPU
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        inductor: Any = importlib.import_module("torch._inductor.config")
+        if hasattr(inductor, "deterministic"):  # torch 2.10 and newer
+            # Reductions are otherwise laid out by timing candidates, which another process may decide differently.
+            inductor.deterministic = True
         torch.use_deterministic_algorithms(mode=True)
         torch.backends.cudnn.benchmark = False
 
