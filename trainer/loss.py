@@ -42,7 +42,7 @@ def _chunk_top(
     logits_nv: Tensor, targets_n: Tensor, vocab_size: int, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     """What each row's exponents are taken from, so that none overflows, and the logit of its target, (n, 1) each: the largest
-    logit, or a low cap itself, which spares the pass over the logits. The cap is monotonous, so it comes after."""
+    logit, or a low cap itself, which spares a pass over the logits. The cap is monotonous, so it comes after."""
     picked_n1 = softcap_(logits_nv.gather(1, targets_n.clamp(min=0)[:, None]).float(), softcap)
     if softcap is not None and softcap <= LOW_CAP:
         return torch.full_like(picked_n1, softcap), picked_n1
@@ -50,13 +50,35 @@ def _chunk_top(
     return softcap_(top_n1.float(), softcap), picked_n1
 
 
-def _chunk_exponentials_(logits_nv: Tensor, top_n1: Tensor, vocab_size: int, softcap: float | None) -> Tensor:
-    """`logits_nv` becomes E = exp(logit − top), times the cap's derivative, and 0 in the padding; returns the rows' ΣE, (n, 1)."""
+def _exponentials(
+    logits_nv: Tensor, top_n1: Tensor, vocab_size: int, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """E = exp(logit − top), 0 in the padding, and E times the cap's derivative."""
     wide = softcap_(logits_nv.float(), softcap)
     exponentials = torch.where(_real(logits_nv, vocab_size), torch.exp(wide - top_n1), 0.0)
     slope = exponentials if softcap is None else exponentials * (1 - (wide / softcap).square())
-    logits_nv.copy_(slope.to(logits_nv.dtype))
+    return exponentials, slope
+
+
+def _chunk_in_one_(logits_nv: Tensor, top_n1: Tensor, vocab_size: int, softcap: float | None) -> Tensor:
+    """`logits_nv` becomes its exponentials times the cap's derivative; returns the rows' sums of exponentials, (n, 1)."""
+    exponentials, slope = _exponentials(logits_nv, top_n1, vocab_size, softcap)
+    logits_nv.copy_(slope)
     return exponentials.sum(dim=1, keepdim=True)
+
+
+def _chunk_sums(
+    logits_nv: Tensor, targets_n: Tensor, vocab_size: int, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_chunk_top` returns, and the rows' sums of exponentials: all that one look at the logits can tell."""
+    top_n1, picked_n1 = _chunk_top(logits_nv, targets_n, vocab_size, softcap)
+    exponentials, _ = _exponentials(logits_nv, top_n1, vocab_size, softcap)
+    return top_n1, picked_n1, exponentials.sum(dim=1, keepdim=True)
+
+
+def _chunk_write_(logits_nv: Tensor, top_n1: Tensor, vocab_size: int, softcap: float | None) -> None:
+    """`logits_nv` becomes its exponentials times the cap's derivative."""
+    logits_nv.copy_(_exponentials(logits_nv, top_n1, vocab_size, softcap)[1])
 
 
 def _chunk_factors(  # noqa: PLR0917  tensors by position, as the compiler likes them
@@ -79,19 +101,34 @@ def _slope_(
 
     With E = exp(x − max) and S = ΣE the gradient is scale/S · (E − S·[target]).
     """
-    # On a CPU a few rows at a time, so that the second look at them finds them in the cache.
-    rows = ROWS_IN_CACHE if logits_nv.device.type == "cpu" else logits_nv.shape[0]
-    tops, picked, totals = [], [], []
-    for some_nv, target_n in zip(torch.split(logits_nv, rows), torch.split(targets_n, rows), strict=True):
-        top_n1, picked_n1 = _fused(_chunk_top)(some_nv, target_n, vocab_size, softcap)
-        totals.append(_fused(_chunk_exponentials_)(some_nv, top_n1, vocab_size, softcap))
-        tops.append(top_n1)
-        picked.append(picked_n1)
-    sums = (torch.cat(parts) for parts in (tops, picked, totals))
-    loss, factor_n1, at_target_n1 = _fused(_chunk_factors)(*sums, targets_n, softcap, scale)
+    if (
+        logits_nv.device.type == "cuda"
+    ):  # writing while it sums, a kernel would reach half of the memory's bandwidth
+        top_n1, picked_n1, total_n1 = _fused(_chunk_sums)(logits_nv, targets_n, vocab_size, softcap)
+        _fused(_chunk_write_)(logits_nv, top_n1, vocab_size, softcap)
+    else:
+        top_n1, picked_n1, total_n1 = _in_cache_(logits_nv, targets_n, vocab_size, softcap)
+    loss, factor_n1, at_target_n1 = _fused(_chunk_factors)(
+        top_n1, picked_n1, total_n1, targets_n, softcap, scale
+    )
     # Outside the compiled parts: within them, these few elements would cost a copy of everything.
     logits_nv.scatter_(1, targets_n.clamp(min=0)[:, None], at_target_n1.to(logits_nv.dtype))
     return loss, factor_n1
+
+
+def _in_cache_(
+    logits_nv: Tensor, targets_n: Tensor, vocab_size: int, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_chunk_sums` and `_chunk_write_`, a few rows at a time, so that a CPU's second look at them finds them in its cache."""
+    tops, picked, totals = [], [], []
+    for some_nv, target_n in zip(
+        torch.split(logits_nv, ROWS_IN_CACHE), torch.split(targets_n, ROWS_IN_CACHE), strict=True
+    ):
+        top_n1, picked_n1 = _fused(_chunk_top)(some_nv, target_n, vocab_size, softcap)
+        totals.append(_fused(_chunk_in_one_)(some_nv, top_n1, vocab_size, softcap))
+        tops.append(top_n1)
+        picked.append(picked_n1)
+    return torch.cat(tops), torch.cat(picked), torch.cat(totals)
 
 
 _compiled: dict[Any, Any] = {}
@@ -106,7 +143,7 @@ def use_compiled(wanted: bool) -> None:
     """Whether the chunks' arithmetic is compiled from now on."""
     _compiled.clear()
     if wanted:
-        for function in (_chunk_loss, _chunk_top, _chunk_exponentials_, _chunk_factors):
+        for function in (_chunk_loss, _chunk_top, _chunk_in_one_, _chunk_sums, _chunk_write_, _chunk_factors):
             _compiled[function] = torch.compile(function, dynamic=False)
 
 
