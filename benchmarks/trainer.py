@@ -293,8 +293,8 @@ def ladder(given, rounds, last):
         variants.append({**variants[-1], **change})
     first = max(0, len(rungs) - 1 - last) if last else 0
     print("| change | before, tok/s | after, tok/s | ratio |\n|---|---|---|---|")
-    for begin, end in itertools.pairwise([*starts, len(rungs) - 1]):
-        begin = max(begin, first)
+    for start, end in itertools.pairwise([*starts, len(rungs) - 1]):
+        begin = max(start, first)
         with started(variants[begin : end + 1] if begin < end else []) as processes:
             for index in range(begin, end):
                 pair = processes[index - begin : index - begin + 2]
