@@ -23,9 +23,9 @@ PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
 class Event(BaseModel):
-    """Base of all events: `at` is this machine's wall clock, UTC."""
+    """Base of all events: `at` is this machine's wall clock, UTC. A process uses few of them: each is built when it is."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", defer_build=True)
     at: datetime
 
 
@@ -403,8 +403,9 @@ NodeEvent = Annotated[
 ]  # fmt: skip
 AnyEvent = RunEvent | NodeEvent
 
-_run_event: TypeAdapter[RunEvent] = TypeAdapter(RunEvent)
-_node_event: TypeAdapter[NodeEvent] = TypeAdapter(NodeEvent)
+_DEFERRED = ConfigDict(defer_build=True)
+_run_event: TypeAdapter[RunEvent] = TypeAdapter(RunEvent, config=_DEFERRED)
+_node_event: TypeAdapter[NodeEvent] = TypeAdapter(NodeEvent, config=_DEFERRED)
 
 
 def run_stream(run: str) -> str:

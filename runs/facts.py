@@ -30,7 +30,7 @@ RUNNING: frozenset[str] = frozenset({"active", "unhealthy"})
 class Fact(BaseModel):
     """Base of the frozen values."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", defer_build=True)
 
 
 class Tariff(Fact):

@@ -18,9 +18,7 @@ Host = Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9.:_%-]
 class Section(BaseModel):
     """Base of the spec's sections: frozen, no unknown keys, no NaN, no type taken for another."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
 
 
 class _Hardware(Section):

@@ -5,10 +5,15 @@ Both are generated from the models; `python -m runs.schema` writes them, and a t
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from pydantic.json_schema import GenerateJsonSchema
 
 from runs.sections import (
     DURATION_PATTERN,
@@ -31,9 +36,35 @@ _TITLES = {
 }
 
 
+class _Documented(GenerateJsonSchema):
+    """With what stands below a field in its source as its description. Pydantic can do that itself, but would read the sources
+    at each start of the program."""
+
+    def model_schema(self, schema: Any) -> dict[str, Any]:
+        return _described(schema["cls"], super().model_schema(schema))
+
+    def dataclass_schema(self, schema: Any) -> dict[str, Any]:
+        return _described(schema["cls"], super().dataclass_schema(schema))
+
+
+def _described(cls: type[Any], schema: dict[str, Any]) -> dict[str, Any]:
+    for base in reversed(cls.__mro__[:-1]):
+        if base.__module__.partition(".")[0] not in {"runs", "trainer"}:
+            continue
+        (definition,) = ast.parse(inspect.getsource(base)).body
+        assert isinstance(definition, ast.ClassDef)
+        for field, below in pairwise(definition.body):
+            match field, below:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    key = name.rstrip("_")  # the alias of a field that would be a keyword
+                    if key in schema["properties"]:
+                        schema["properties"][key]["description"] = inspect.cleandoc(text)
+    return schema
+
+
 def json_schema() -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) of a run.yaml, conditional requirements included."""
-    schema = RunSpec.model_json_schema(by_alias=True)
+    schema = RunSpec.model_json_schema(by_alias=True, schema_generator=_Documented)
     definitions = schema["$defs"]
     for cls in METHODS.values():
         del definitions[cls.__name__]["properties"]["known"]
@@ -191,7 +222,7 @@ def write(folder: Path) -> list[Path]:
     sweep = folder / "sweep.schema.json"
     form = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **SweepSpec.model_json_schema(),
+        **SweepSpec.model_json_schema(schema_generator=_Documented),
         "title": "llmctl sweep.yaml",
     }
     sweep.write_text(json.dumps(form, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-FORBID: dict[str, Any] = {"extra": "forbid", "use_attribute_docstrings": True}
+FORBID: dict[str, Any] = {"extra": "forbid"}
 
 
 class ConfigError(ValueError):
