@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; the process ends with the exit code of what happened."""
+    # Modules are no garbage: looking through them, now and when all is over, takes a tenth of a command's time.
+    gc.set_threshold(10_000, 50, 100)
     words = list(sys.argv[1:] if arguments is None else arguments)
     code: int = exits.OK
     try:
@@ -33,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = code or exits.READER_GONE
         for stream in (1, 2):  # what is left in their buffers goes nowhere, in silence
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    gc.freeze()
     raise SystemExit(code)
 
 

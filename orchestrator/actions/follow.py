@@ -17,7 +17,7 @@ from typing import Any
 
 from orchestrator.actions import logs
 from orchestrator.clock import Clock
-from orchestrator.driver.loop import driver_alive, spawn
+from orchestrator.driver.process import driver_alive, spawn
 from runs.rows import LIVE
 from runs.store import Store, run_dir
 

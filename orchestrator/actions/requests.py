@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.clock import Clock
-from orchestrator.driver.loop import driver_alive, spawn
+from orchestrator.driver.process import driver_alive, spawn
 from orchestrator.errors import CommandError, Invalid, NoSuchRun, OverBudget, Usage
 from runs import events as e
 from runs.rows import MICRO

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import threading
 import traceback
 from collections.abc import Callable
@@ -132,41 +130,6 @@ def take_over(store: Store, run: str, clock: Clock, *, force: bool = False) -> t
     )
     store.commit([(e.run_stream(run), started)], epoch=epoch)
     return lock, epoch
-
-
-def spawn(home: Path, run: str, *, force: bool = False) -> None:
-    """Start the detached driver process of `run`; it ends at once where another one drives."""
-    directory = run_dir(home, run)
-    directory.mkdir(parents=True, exist_ok=True)
-    script = Path(sys.executable).parent / "llmctl"
-    command = (
-        [str(script)]
-        if script.exists()
-        else [sys.executable, "-P", "-c", "from orchestrator.cli import main; main()"]
-    )
-    command += [
-        "internal-driver",
-        *(["--force"] if force else []),
-        "--",
-        run,
-    ]  # a name may begin with a hyphen
-    with (directory / "driver.log").open("ab") as log:
-        subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            cwd=directory,
-            env={**os.environ, "LLMCTL_HOME": str(home)},
-        )
-
-
-def driver_alive(home: Path, run: str) -> bool:
-    """Whether some process drives the run now."""
-    from runs.lock import held
-
-    return held(driver_lock(run_dir(home, run)))
 
 
 def write_heartbeat(path: Path, why: str, complaint: str | None, at: float, stake: str | None = None) -> None:

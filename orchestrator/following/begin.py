@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.actions import requests
 from orchestrator.clock import Clock, SystemClock
-from orchestrator.driver.loop import driver_alive, spawn
+from orchestrator.driver.process import driver_alive, spawn
 from orchestrator.errors import Invalid, Usage
 from orchestrator.following import attend
 from orchestrator.progress import bar

@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from orchestrator.driver.loop import driver_alive
+from orchestrator.driver.process import driver_alive
 from orchestrator.exits import USAGE, exit_code_of
 from provisioning import keys, local_node
 from runs.facts import ENDED

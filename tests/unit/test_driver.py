@@ -12,8 +12,9 @@ from pathlib import Path
 from orchestrator.actions import follow
 from orchestrator.actions.requests import SILENT_SECONDS, silent_seconds
 from orchestrator.clock import SystemClock
-from orchestrator.driver.loop import driver_alive, take_over, write_heartbeat
+from orchestrator.driver.loop import take_over, write_heartbeat
 from orchestrator.driver.main import patient
+from orchestrator.driver.process import driver_alive
 from runs import events as e
 from runs.lock import ProcessId, boot_id
 from runs.store import Store
