@@ -7,6 +7,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH ?= 2.13.0
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 QUICKSTART := $(CURDIR)/.quickstart
+# Hundreds of processes of ours are started: byte code is kept, whatever the environment says of that.
+unexport PYTHONDONTWRITEBYTECODE
 LLMCTL := LLMCTL_HOME=$(QUICKSTART) $(BIN)/llmctl
 
 .PHONY: quickstart test check lint bench faults clean
