@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 from orchestrator.errors import Invalid
 from orchestrator.models.export import card, export, push
@@ -24,6 +23,8 @@ TEXT = "def f(x):\n    return 'né' + x  # 你好\n"
     "changes", [{}, {"tie_weights": False, "qkv_bias": True}, {"ffn_dim": 48, "n_heads": 4}]
 )
 def test_transformers_loads_it_with_equal_logits(tmp_path: Path, changes: dict[str, Any]) -> None:
+    import transformers
+
     checkpoint = write(tmp_path / "run", replace(MODEL, **changes))
     folder = export(checkpoint, tmp_path / "hf")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -40,6 +41,8 @@ def test_transformers_loads_it_with_equal_logits(tmp_path: Path, changes: dict[s
 
 
 def test_an_imported_model_comes_out_as_it_went_in(theirs: Path, tmp_path: Path) -> None:  # noqa: F811
+    import transformers
+
     from trainer import checkpoint, hf
     from trainer.checkpoint import Snapshot
 
@@ -56,6 +59,8 @@ def test_an_imported_model_comes_out_as_it_went_in(theirs: Path, tmp_path: Path)
 
 
 def test_gpt2_s_tokenizer_goes_with_the_model(tmp_path: Path, gpt2_vocabulary: None) -> None:  # noqa: F811
+    import transformers
+
     from trainer import tokenize
 
     model = ModelConfig(
@@ -71,6 +76,8 @@ def test_gpt2_s_tokenizer_goes_with_the_model(tmp_path: Path, gpt2_vocabulary: N
 
 
 def test_a_trained_tokenizer_is_taken_along(tmp_path: Path) -> None:
+    import transformers
+
     from trainer import tokenize
 
     path = tmp_path / "tokenizer.json"

@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -66,33 +67,37 @@ def test_home_of_the_user_is_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "key",
     [
-        private(rsa.generate_private_key(65537, 2048), kind=form.PrivateFormat.TraditionalOpenSSL),
-        private(ec.generate_private_key(ec.SECP256R1()), kind=form.PrivateFormat.PKCS8),
-        private(ed25519.Ed25519PrivateKey.generate()),
+        lambda: private(rsa.generate_private_key(65537, 2048), kind=form.PrivateFormat.TraditionalOpenSSL),
+        lambda: private(ec.generate_private_key(ec.SECP256R1()), kind=form.PrivateFormat.PKCS8),
+        lambda: private(ed25519.Ed25519PrivateKey.generate()),
     ],
     ids=["rsa", "ecdsa", "ed25519"],
 )
-def test_public_half_of_any_kind(tmp_path: Path, key: bytes) -> None:
-    (tmp_path / "key").write_bytes(key)
+def test_public_half_of_any_kind(tmp_path: Path, key: Callable[[], bytes]) -> None:
+    (tmp_path / "key").write_bytes(key())
     assert keys.public_key(tmp_path / "key").startswith(("ssh-rsa ", "ssh-ed25519 ", "ecdsa-sha2-nistp256 "))
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (private(ed25519.Ed25519PrivateKey.generate(), b"secret"), "is encrypted"),
+        (lambda: private(ed25519.Ed25519PrivateKey.generate(), b"secret"), "is encrypted"),
         (
-            private(rsa.generate_private_key(65537, 2048), b"secret", form.PrivateFormat.TraditionalOpenSSL),
+            lambda: private(
+                rsa.generate_private_key(65537, 2048), b"secret", form.PrivateFormat.TraditionalOpenSSL
+            ),
             "is encrypted",
         ),
-        (b"ssh-ed25519 AAAA me", "is not a private key"),
-        (b"\xff\xfe", "is not a private key"),
+        (lambda: b"ssh-ed25519 AAAA me", "is not a private key"),
+        (lambda: b"\xff\xfe", "is not a private key"),
         (None, "No such file"),
     ],
 )
-def test_unusable_key_says_why_and_what_to_do(tmp_path: Path, content: bytes | None, said: str) -> None:
+def test_unusable_key_says_why_and_what_to_do(
+    tmp_path: Path, content: Callable[[], bytes] | None, said: str
+) -> None:
     if content is not None:
-        (tmp_path / "key").write_bytes(content)
+        (tmp_path / "key").write_bytes(content())
     with pytest.raises(keys.KeyFileError, match=said) as caught:
         keys.public_key(tmp_path / "key")
     assert caught.value.hint

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,12 @@ from tests.seeds import Seed
 from tests.wandb_files import told
 from trainer import report
 
-pytestmark = pytest.mark.slow
-pytest.importorskip("wandb", reason="wandb is not installed: pip install 'llmctl[wandb]'")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        find_spec("wandb") is None, reason="wandb is not installed: pip install 'llmctl[wandb]'"
+    ),
+]
 
 
 def test_a_driver_that_takes_over_continues_the_same_wandb_run(tmp_path: Path) -> None:
