@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests import images
+
+gc.set_threshold(10_000, 50, 100)  # as the program itself (orchestrator/cli.py): modules are no garbage
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -273,7 +273,9 @@ class Case:
     def torchrun(self, node: str) -> int:
         """The process that started them."""
         (agent,) = [
-            pid for pid in processes.marked(self.directory(node)) if "torch.distributed.run" in _words(pid)
+            pid
+            for pid in processes.marked(self.directory(node))
+            if any("torch.distributed.run" in word for word in _words(pid))
         ]
         return agent
 
