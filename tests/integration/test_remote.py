@@ -317,7 +317,7 @@ def test_what_a_channel_says_after_its_end_is_not_sent(any_node: Node) -> None:
         link = remote._connected()
         for _ in range(3):
             channel = link.open_channel(None, 10)
-            channel.exec_command("true")
+            channel.exec_command("cat")  # which does not end by itself
             with channel.lock:
                 late = channel._send_eof()
             channel.close()
