@@ -50,6 +50,13 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 
+class Embedding(nn.Embedding):
+    """An embedding that is filled later: drawing random weights on the meta device would load torch's compiler for it, a second."""
+
+    def reset_parameters(self) -> None:
+        """Left as it is."""
+
+
 class Norm(nn.Module):
     """LayerNorm (weight and bias) or RMSNorm (weight), computed in float32."""
 
@@ -182,9 +189,9 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.compute_dtype, self.recompute = model, compute_dtype, recompute
         rows = flops.padded_vocab(model.vocab_size)
-        self.token_embedding = nn.Embedding(rows, model.emb_dim)
+        self.token_embedding = Embedding(rows, model.emb_dim)
         self.position_embedding = (
-            nn.Embedding(model.context_length, model.emb_dim) if model.position == "learned" else None
+            Embedding(model.context_length, model.emb_dim) if model.position == "learned" else None
         )
         self.blocks = nn.ModuleList(Block(model) for _ in range(model.n_layers))
         self.final_norm = Norm(model.emb_dim, model.norm)
@@ -194,8 +201,15 @@ class GPT(nn.Module):
 
     def allocate(self, device: str | torch.device) -> GPT:
         """Give a model built on the meta device memory, with nothing in it yet."""
-        self.to_empty(device=device)
-        if self.config.tie_weights:  # which to_empty has just untied
+
+        def empty(tensor: Tensor) -> Tensor:
+            # As to_empty does it; but empty_like of a plain parameter would load torch's compiler too.
+            if type(tensor) is nn.Parameter:
+                return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+            return torch.empty_like(tensor, device=device)  # a part of one, sharded over processes
+
+        self._apply(empty)  # type: ignore[no-untyped-call]
+        if self.config.tie_weights:  # which this has just untied
             self.head.weight = self.token_embedding.weight
         return self
 

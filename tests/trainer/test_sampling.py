@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -97,3 +99,11 @@ def test_the_command_prints_tokens(tmp_path: Path, capsys: pytest.CaptureFixture
     )
     expected = list(generate(load_model(folder)[0], [1, 2], max_tokens=3, temperature=0))
     assert capsys.readouterr().out.strip() == f'{{"tokens": {expected}}}'
+
+
+def test_a_model_is_read_without_the_compiler(tmp_path: Path) -> None:
+    """Which takes longer to load than all the rest."""
+    folder = checkpoint_of(build(), tmp_path / "c")
+    code = f"import sys; from trainer.sample import load_model; load_model({str(folder)!r}); print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
