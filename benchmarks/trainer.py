@@ -153,7 +153,7 @@ def our_model(variant):
     config = our_config(variant)
     if variant.get("allocator") == "keeps":
         session.keep_memory()
-    here = distributed.World(0, 1, 0, 1, torch.device(variant["device"]))
+    here = distributed.World(0, 1, 0, 1, place(variant))
     gpt, module, optimizer = session.build(config, here)
     session.use_seed_weights(gpt, config)
     count = float(variant["batch"] * variant["context"])
@@ -166,6 +166,12 @@ def our_model(variant):
 
     compiled = torch.compile(full_logits)
     return gpt, (lambda inputs, targets: compiled(gpt.hidden(inputs), gpt.head.weight, targets)), optimizer
+
+
+def place(variant):
+    import torch
+
+    return torch.device("cuda", 0) if variant["device"] == "cuda" else torch.device("cpu")
 
 
 def our_config(variant):
@@ -185,7 +191,7 @@ def batches(variant, folder):
     from trainer import bench
     from trainer.batches import Batches
 
-    size, context, device = variant["batch"], variant["context"], torch.device(variant["device"])
+    size, context, device = variant["batch"], variant["context"], place(variant)
     reader = bench.synthetic(our_config(variant), folder, 4 * size)
     if variant.get("batches") == "read ahead":
         ahead = Batches(reader, global_batch_size=size, microbatch_size=size, rank=0, world_size=1, first_step=1,

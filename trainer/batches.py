@@ -132,11 +132,10 @@ class Batches:
 
     def _read_ahead(self) -> None:
         global_batch_size, size = self._shape
-        if (
-            self._device.type == "cuda"
-        ):  # a thread begins on GPU 0, and waiting for an event would open a context there
-            torch.cuda.set_device(self._device)
         try:
+            if self._device.type == "cuda":
+                # A thread begins on GPU 0, and waiting for an event would open a context there.
+                torch.cuda.set_device(self._device)
             for step in range(self._steps):
                 base = self._first + step * global_batch_size
                 for start in range(base, base + self._share, size):
@@ -152,7 +151,7 @@ class Batches:
                         slot.copied.synchronize()
                     self._reader.read(sequences, slot.buffer.numpy())
                     self._ready.put(slot)
-        except (ShardError, OSError, ValueError) as error:
+        except (ShardError, OSError, ValueError, RuntimeError) as error:  # the last: from CUDA
             self._ready.put(error)
 
     def next(self) -> tuple[Tensor, Tensor]:
