@@ -267,7 +267,7 @@ def memory_parts(
     """GiB of one process by what holds it; they sum to `flops.memory_gib`."""
     state = flops.state_bytes(model, train, world) / 2**30
     weights = 4 * flops.parameters(model) / 2**30 / (world if train.sharding == "fsdp" else 1)
-    activations = 1.1 * flops.activation_bytes(model, train, microbatch_size) / 2**30
+    activations = flops.activation_bytes(model, train, microbatch_size) / 2**30
     total = flops.memory_gib(model, train, microbatch_size, world)
     return {
         "weights": weights,

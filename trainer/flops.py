@@ -85,27 +85,44 @@ def state_bytes(model: ModelConfig, train: TrainConfig, processes: int) -> int:
     return total
 
 
-def activation_bytes(model: ModelConfig, train: TrainConfig, microbatch_size: int) -> int:
-    """Bytes that one microbatch keeps for backward, with compiled blocks and fused attention.
+def _kept(model: ModelConfig) -> int:
+    """Elements that a compiled block keeps of each token for backward, as autograd's saved tensors show: its input, the output of
+    attention, the stream between its halves, both norms' outputs, queries, keys, values, and the feed-forward's input to and output of
+    its non-linearity; rotated or normalised queries and keys beside the projected ones; RMSNorm one more stream."""
+    width = model.emb_dim
+    branches = 3 if model.activation == "swiglu" else 2
+    kept = 5 * width + (width + 2 * kv_width(model)) + branches * feed_forward_width(model)
+    if model.position == "rope" or model.qk_norm:
+        kept += width + kv_width(model)
+    return kept + (width if model.norm == "rms" else 0)
 
-    Per token and block: the residual stream twice, both norms' outputs, queries, keys, values, attention output, and the
-    feed-forward's input to and output of its non-linearity; the head keeps its input and the logits of one chunk.
+
+def activation_bytes(model: ModelConfig, train: TrainConfig, microbatch_size: int) -> int:
+    """Bytes that one microbatch holds at its peak beside the state, with compiled blocks and fused attention.
+
+    All blocks' activations, their weights in the compute type and the head's gradient are there at once when either the loss
+    has its logits, or the last block's backward its gradients.
     """
     item = 2 if train.precision == "bf16" else 4
-    tokens = microbatch_size * model.context_length
-    width, hidden = model.emb_dim, feed_forward_width(model)
-    branches = 3 if model.activation == "swiglu" else 2
-    block = 6 * width + 2 * kv_width(model) + branches * hidden
-    kept = model.n_layers * (width if train.activation_checkpointing else block) * item
-    working = (block if train.activation_checkpointing else 0) * item
-    chunk = min(tokens, head_chunk(train.device)) * padded_vocab(model.vocab_size) * (item + 4)
-    stream = (
-        4 * width * 4
-    )  # embedding output, its gradient, the head's input and its gradient, in float32 at worst
-    head = (
-        padded_vocab(model.vocab_size) * model.emb_dim * (item + 4)
-    )  # the head's cast weights and their gradient
-    return tokens * (kept + working + stream) + chunk + head
+    tokens, width = microbatch_size * model.context_length, model.emb_dim
+    block = width if train.activation_checkpointing else _kept(model)
+    kept = tokens * (model.n_layers * block + 3 * width) * item
+    if train.precision == "bf16" and train.sharding == "ddp":
+        kept += model.n_layers * _block_matrices(model) * item
+    head = padded_vocab(model.vocab_size) * width
+    logits = min(tokens, head_chunk(train.device)) * padded_vocab(model.vocab_size) * item
+    if capped(model.logit_softcap):
+        logits *= 2
+    backward = 2 * feed_forward_width(model) + 2 * width
+    if train.activation_checkpointing:
+        backward += _kept(model)
+    return kept + 4 * head + max(logits + 2 * head * item, tokens * backward * item)
+
+
+def capped(softcap: float | None) -> bool:
+    """Whether logits are bounded so low that exp(logit − cap) loses none of them (at ±20 it is at least 4e-18): then the loss need
+    not look for the largest."""
+    return softcap is not None and softcap <= 20
 
 
 def head_chunk(device: str) -> int:
@@ -114,9 +131,7 @@ def head_chunk(device: str) -> int:
 
 
 def memory_gib(model: ModelConfig, train: TrainConfig, microbatch_size: int, processes: int = 1) -> float:
-    """Predicted peak memory of one process, GiB. On a GPU it holds the CUDA context and the libraries' workspaces too."""
-    fixed = 1.5 * 2**30 if train.device == "cuda" else 0.5 * 2**30
-    total = (
-        state_bytes(model, train, processes) + 1.1 * activation_bytes(model, train, microbatch_size) + fixed
-    )
+    """Predicted peak memory of one process, GiB: on a GPU with the CUDA context, 0.8 of it on an H200; on a CPU with torch itself."""
+    fixed = 1.0 * 2**30 if train.device == "cuda" else 0.5 * 2**30
+    total = state_bytes(model, train, processes) + activation_bytes(model, train, microbatch_size) + fixed
     return float(total) / 2**30

@@ -16,8 +16,6 @@ from trainer import flops
 
 ROWS_IN_CACHE = 32
 """Rows of logits that a CPU takes through the softmax at a time: 6 MB of a vocabulary of 50,257."""
-LOW_CAP = 20.0
-"""With logits within ±20, exp(logit − 20) is at least 4e-18: no sum of them is lost, in bf16 neither."""
 
 
 def softcap_(logits: Tensor, softcap: float | None) -> Tensor:
@@ -42,9 +40,9 @@ def _chunk_top(
     logits_nv: Tensor, targets_n: Tensor, vocab_size: int, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     """What each row's exponents are taken from, so that none overflows, and the logit of its target, (n, 1) each: the largest
-    logit, or a low cap itself, which spares a pass over the logits. The cap is monotonous, so it comes after."""
+    logit, or a low cap itself, which spares the look for it. The cap is monotonous, so it comes after."""
     picked_n1 = softcap_(logits_nv.gather(1, targets_n.clamp(min=0)[:, None]).float(), softcap)
-    if softcap is not None and softcap <= LOW_CAP:
+    if softcap is not None and flops.capped(softcap):
         return torch.full_like(picked_n1, softcap), picked_n1
     top_n1 = logits_nv.masked_fill(~_real(logits_nv, vocab_size), -torch.inf).amax(dim=1, keepdim=True)
     return softcap_(top_n1.float(), softcap), picked_n1
@@ -101,13 +99,12 @@ def _slope_(
 
     With E = exp(x − max) and S = ΣE the gradient is scale/S · (E − S·[target]).
     """
-    if (
-        logits_nv.device.type == "cuda"
-    ):  # writing while it sums, a kernel would reach half of the memory's bandwidth
+    if logits_nv.device.type == "cuda" and not flops.capped(softcap):
+        # Where the largest must be found first, two looks are as quick as three, and what only writes needs no second chunk.
         top_n1, picked_n1, total_n1 = _fused(_chunk_sums)(logits_nv, targets_n, vocab_size, softcap)
         _fused(_chunk_write_)(logits_nv, top_n1, vocab_size, softcap)
     else:
-        top_n1, picked_n1, total_n1 = _in_cache_(logits_nv, targets_n, vocab_size, softcap)
+        top_n1, picked_n1, total_n1 = _by_rows_(logits_nv, targets_n, vocab_size, softcap)
     loss, factor_n1, at_target_n1 = _fused(_chunk_factors)(
         top_n1, picked_n1, total_n1, targets_n, softcap, scale
     )
@@ -116,14 +113,13 @@ def _slope_(
     return loss, factor_n1
 
 
-def _in_cache_(
+def _by_rows_(
     logits_nv: Tensor, targets_n: Tensor, vocab_size: int, softcap: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_chunk_sums` and `_chunk_write_`, a few rows at a time, so that a CPU's second look at them finds them in its cache."""
+    """As `_chunk_sums` and `_chunk_write_`. On a CPU a few rows at a time, so that the second look at them finds them in its cache."""
+    rows = ROWS_IN_CACHE if logits_nv.device.type == "cpu" else logits_nv.shape[0]
     tops, picked, totals = [], [], []
-    for some_nv, target_n in zip(
-        torch.split(logits_nv, ROWS_IN_CACHE), torch.split(targets_n, ROWS_IN_CACHE), strict=True
-    ):
+    for some_nv, target_n in zip(torch.split(logits_nv, rows), torch.split(targets_n, rows), strict=True):
         top_n1, picked_n1 = _fused(_chunk_top)(some_nv, target_n, vocab_size, softcap)
         totals.append(_fused(_chunk_in_one_)(some_nv, top_n1, vocab_size, softcap))
         tops.append(top_n1)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -97,6 +98,30 @@ def test_an_8b_model_is_expressible_and_does_not_fit_one_gpu() -> None:
     assert flops.memory_gib(llama, train, 1, 8) < 60
     with pytest.raises(ConfigError, match="one sequence needs about"):
         microbatch.predicted(TrainerConfig(DataConfig(train=["-"]), llama, train), 1, 80.0)
+
+
+SPEEDRUN = ModelConfig(
+    n_heads=6,
+    norm="rms",
+    activation="relu2",
+    position="rope",
+    rotary_fraction=0.5,
+    qk_norm=True,
+    logit_softcap=15,
+)
+
+
+@pytest.mark.parametrize(("model", "optimizer", "microbatch_size", "reserved_gib"), [
+    (ModelConfig(), "adamw", 12, 7.24), (ModelConfig(), "adamw", 32, 12.98), (ModelConfig(), "adamw", 64, 22.83),
+    (ModelConfig(), "adamw", 96, 30.65), (ModelConfig(), "adamw", 128, 40.46), (SPEEDRUN, "muon", 12, 7.55),
+    (SPEEDRUN, "muon", 64, 25.81), (SPEEDRUN, "muon", 128, 47.63),
+])  # fmt: skip
+def test_the_predicted_memory_is_what_an_h200_measured(
+    model: ModelConfig, optimizer: Literal["adamw", "muon"], microbatch_size: int, reserved_gib: float
+) -> None:
+    """docs/performance.md; to what torch reserved, the CUDA context's 0.77 GiB come."""
+    train = TrainConfig(global_batch_size=microbatch_size, steps=1, optimizer=optimizer)
+    assert flops.memory_gib(model, train, microbatch_size) == pytest.approx(reserved_gib + 0.77, rel=0.1)
 
 
 def test_the_predicted_microbatch_divides_and_fits() -> None:
