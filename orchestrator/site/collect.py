@@ -46,6 +46,10 @@ class VerificationError(Exception):
         )
 
 
+class _GaveWay(Exception):
+    """A pull in the background was ended, because the run has ended and something else is waited for."""
+
+
 @dataclass(frozen=True)
 class Whole:
     """A checkpoint that is here."""
@@ -213,6 +217,7 @@ class Puller:
         self.folder = directory / "checkpoints"
         self._clock, self._wake, self._gone = clock, wake, gone
         self._lock = threading.Lock()
+        self._hurry = threading.Event()
         self._whole: dict[int, Whole] = {}
         self._tried: dict[tuple[int, str], float] = {}
         self._thread: threading.Thread | None = None
@@ -228,8 +233,11 @@ class Puller:
     def fetch(
         self, remote: Remote, directory: str, items: Sequence[CheckpointRecord], weights_only: bool
     ) -> None:
-        """Pull these now, one after the other; weights of all before the rest of any."""
+        """Pull these now, one after the other; weights of all before the rest of any. What is under way in the background gives way: the
+        node bills on meanwhile."""
+        self._hurry.set()
         with self._lock:
+            self._hurry.clear()
             left = list(items)
             for first in [True, weights_only] if not weights_only else [True]:
                 left = [item for item in left if self._take(remote, directory, item, weights_only=first)]
@@ -258,20 +266,33 @@ class Puller:
             self._tried[item.step, item.sha256] = now
             try:
                 with self._lock:
-                    self._take(remote, directory, item, weights_only=False)
+                    self._take(remote, directory, item, weights_only=False, progress=self._give_way)
                 if everything:
                     self._tell(remote, directory)
-            except (RemoteError, VerificationError, transfer.TransferError, OSError):
+            except (RemoteError, VerificationError, transfer.TransferError, OSError, _GaveWay):
                 return  # tried again later, and at the end with a voice
             self._wake()
 
         self._thread = threading.Thread(target=work, name=f"pull step {item.step}", daemon=True)
         self._thread.start()
 
-    def _take(self, remote: Remote, directory: str, item: CheckpointRecord, *, weights_only: bool) -> bool:
+    def _give_way(self, _done: int, _total: int) -> None:
+        """Progress of a pull that nobody waits for. Raises _GaveWay once something is waited for."""
+        if self._hurry.is_set():
+            raise _GaveWay
+
+    def _take(
+        self,
+        remote: Remote,
+        directory: str,
+        item: CheckpointRecord,
+        *,
+        weights_only: bool,
+        progress: transfer.Progress | None = None,
+    ) -> bool:
         """Pull one; False where the node has let it go."""
         try:
-            whole = pull(remote, directory, item, self.folder, weights_only=weights_only)
+            whole = pull(remote, directory, item, self.folder, weights_only=weights_only, progress=progress)
         except NoSuchFile:
             if not let_go(remote, directory, item):
                 raise

@@ -11,6 +11,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -95,6 +96,39 @@ def test_a_checkpoint_that_retention_let_go_is_known_to_be_gone(node: Node, tmp_
     assert manifest.verify(tmp_path / "checkpoints" / "step-000020") == []
 
 
+def test_what_the_end_waits_for_comes_before_what_is_under_way(
+    any_node: Node, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pull in the background ends where it is when the run has ended; what it has brought is not brought again."""
+    small_pieces(monkeypatch)
+    checkpoints = any_node.home / "llmctl" / "runs" / "r" / "checkpoints"
+    items = {step: announced(checkpoints, step, size=3_000_000) for step in (10, 20)}
+    run = cast(Any, SimpleNamespace(
+        spec={"checkpoint": {"fetch": "best"}}, latest=items[10], best=items[10], attempt=SimpleNamespace(number=1)
+    ))  # fmt: skip
+    puller = collect.Puller(tmp_path, SystemClock(), lambda: None, lambda item: None)
+    under_way, real = threading.Event(), transfer.pull
+
+    def pull(*given: Any, progress: transfer.Progress | None) -> transfer.Transfer:
+        def held(done: int, total: int) -> None:
+            under_way.set()
+            assert puller._hurry.wait(30)
+            assert progress is not None
+            progress(done, total)
+
+        return real(*given, progress=held if progress is not None else None)
+
+    monkeypatch.setattr(transfer, "pull", pull)
+    with any_node.remote() as remote:
+        puller.background(remote, "~/llmctl/runs/r", run)
+        assert under_way.wait(30)
+        puller.fetch(remote, "~/llmctl/runs/r", [items[20]], weights_only=True)
+        assert [(item.step, item.weights_only) for item in puller.whole()] == [(20, True)]
+        assert not (tmp_path / "checkpoints" / "step-000010" / "training_state.pt").exists()
+        puller.fetch(remote, "~/llmctl/runs/r", [items[10]], weights_only=False)
+    assert manifest.verify(tmp_path / "checkpoints" / "step-000010") == []
+
+
 def test_a_checkpoint_does_not_wait_for_the_log(node: Node, tmp_path: Path) -> None:
     """A log that is long, over a link that is slow, arrives after what is worth more."""
     folder, fetched = node.home / "llmctl" / "runs" / "r", []
@@ -120,15 +154,15 @@ class Hasty(SystemClock):
         self.passed += seconds
 
 
-def announced(checkpoints: Path, step: int) -> CheckpointRecord:
+def announced(checkpoints: Path, step: int, size: int = 1000) -> CheckpointRecord:
     """A checkpoint on a node."""
     folder = checkpoints / manifest.directory_name(step)
     folder.mkdir(parents=True)
-    (folder / "model.safetensors").write_bytes(os.urandom(1000))
-    (folder / "training_state.pt").write_bytes(os.urandom(1000))
+    (folder / "model.safetensors").write_bytes(os.urandom(size))
+    (folder / "training_state.pt").write_bytes(os.urandom(size))
     manifest.write(folder, step)
     sha256 = manifest.digest(folder)
-    return CheckpointRecord(step=step, sha256=sha256, bytes=2000, seen_at=datetime.now(UTC), attempt=1)
+    return CheckpointRecord(step=step, sha256=sha256, bytes=2 * size, seen_at=datetime.now(UTC), attempt=1)
 
 
 def test_there_and_back_and_nothing_twice(
