@@ -118,9 +118,13 @@ def _sound(run: RunRecord, item: CheckpointRecord) -> CheckpointRecord:
 
 def say_checkpoints(document: dict[str, Any] | list[dict[str, Any]]) -> None:
     """The path of each checkpoint on stdout, one a line; what it is on stderr."""
+    from orchestrator.site import collect
+
     for item in document if isinstance(document, list) else [document]:
+        whole = collect.here(Path(item["path"]))
+        alone = ", the weights alone" if whole is not None and whole.weights_only else ""
         sys.stderr.write(
-            f"step {item['step']}: {size(item['bytes'])}, verified, sha256 {item['sha256'][:16]}…\n"
+            f"step {item['step']}: {size(item['bytes'])}, verified, sha256 {item['sha256'][:16]}…{alone}\n"
         )
         render.line(item["path"])
 

@@ -167,7 +167,9 @@ def describe(body: dict[str, Any]) -> str:
         "LaunchAmbiguous": lambda: f"no clear answer: {body['message']}",
         "NodeReady": lambda: "the node answers and has shown the right host key",
         "TrainerStarted": lambda: "the trainer is started",
-        "TrainerRestarted": lambda: f"torchrun started again from step {body['step']}: {body['reason']}",
+        "TrainerRestarted": lambda: (
+            f"torchrun had come to step {body['step']} and is started again: {body['reason']}"
+        ),
         "JobFailed": lambda: f"{body['job']} failed: {body['reason']}",
         "StopRequested": lambda: f"stopping ({body['reason']})",
         "TerminateIntended": lambda: f"asking the provider to end the node ({body['reason']})",

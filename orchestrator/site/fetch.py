@@ -16,7 +16,7 @@ from provisioning import open_provider
 from provisioning.base import Home, ProviderError
 from provisioning.objects import S3
 from runs import events as e
-from runs.record import CheckpointRecord, RunRecord
+from runs.record import CheckpointRecord, NodeRecord, RunRecord
 from runs.store import Store, run_dir, utcnow
 
 
@@ -91,26 +91,45 @@ def fetch(
     progress: transfer.Progress | None = None,
 ) -> list[collect.Whole]:
     """Verified copies of `items`, in the run's own folder and, with `to`, there as well. What is here moves no bytes; of several,
-    those that their node has let go meanwhile are left out.
+    those that their node has let go meanwhile are left out. Weights that came alone are all there is once the node is gone.
 
     Raises NothingToFetch, collect.VerificationError, RemoteError, TransferError.
     """
-    folder = run_dir(store.home, run.run) / "checkpoints"
     result: list[collect.Whole] = []
     for number, item in enumerate(items, 1):
-        whole = collect.here(Path(item.path)) if item.path else None
-        if whole is None or whole.sha256 != item.sha256 or (whole.weights_only and not weights_only):
-            whole = _from_bucket(store, run, item, folder)
-            try:
-                whole = whole or _from_node(
-                    store, run, item, folder, weights_only=weights_only, progress=progress
-                )
-            except LetGo:
-                if result or number < len(items):
-                    continue
-                raise
+        kept = collect.here(Path(item.path)) if item.path else None
+        if kept is not None and kept.sha256 != item.sha256:
+            kept = None
+        try:
+            if kept is not None and (weights_only or not kept.weights_only):
+                whole = kept
+            else:
+                whole = _bring(store, run, item, kept, weights_only=weights_only, progress=progress)
+        except LetGo:
+            if result or number < len(items):
+                continue
+            raise
         result.append(_copy(whole, to, weights_only=weights_only) if to is not None else whole)
     return result
+
+
+def _bring(
+    store: Store,
+    run: RunRecord,
+    item: CheckpointRecord,
+    kept: collect.Whole | None,
+    *,
+    weights_only: bool,
+    progress: transfer.Progress | None,
+) -> collect.Whole:
+    """From S3, or else from the node; where that is gone, `kept`, its weights, if they are here."""
+    folder = run_dir(store.home, run.run) / "checkpoints"
+    whole = _from_bucket(store, run, item, folder)
+    if whole is not None:
+        return whole
+    if kept is not None and not _living(run):
+        return kept
+    return _from_node(store, run, item, folder, weights_only=weights_only, progress=progress)
 
 
 def recover(store: Store, run: RunRecord) -> int | None:
@@ -127,6 +146,11 @@ def recover(store: Store, run: RunRecord) -> int | None:
     return whole.step if whole else None
 
 
+def _living(run: RunRecord) -> list[NodeRecord]:
+    """Nodes that can be asked, those of the newest attempt first."""
+    return [node for node in [*run.attempt_nodes(), *run.nodes] if node.alive and node.ip]
+
+
 def _from_bucket(store: Store, run: RunRecord, item: CheckpointRecord, folder: Path) -> collect.Whole | None:
     """From S3, where it is whole there; None where it is not, or cannot be had now."""
     try:
@@ -138,7 +162,7 @@ def _from_bucket(store: Store, run: RunRecord, item: CheckpointRecord, folder: P
         folder.mkdir(parents=True, exist_ok=True)
         whole = pushed.fetch(bucket, match, folder)
     except (ProviderError, collect.VerificationError):
-        if any(node.alive and node.ip for node in run.nodes):
+        if _living(run):
             return None  # the node may have it
         raise
     _note(store, run, whole)
@@ -154,11 +178,10 @@ def _from_node(
     weights_only: bool,
     progress: transfer.Progress | None,
 ) -> collect.Whole:
-    node = next((node for node in run.attempt_nodes() if node.alive and node.ip), None)
-    node = node or next((node for node in run.nodes if node.alive and node.ip), None)
-    if node is None:
-        kept = "its weights are here: use --weights-only" if item.path else "its node is gone"
-        raise NothingToFetch(f"step {item.step} of {run.run} cannot be fetched: {kept}")
+    living = _living(run)
+    if not living:
+        raise NothingToFetch(f"step {item.step} of {run.run} cannot be fetched: its node is gone")
+    node = living[0]
     hardware = dict(run.spec["hardware"])
     provider = open_provider(run.provider, Home(store.home, store.owner), hardware)
     access = Access(Home(store.home, store.owner), hardware, provider.traits)

@@ -299,6 +299,15 @@ def test_fetching_what_is_here_moves_no_byte_and_a_copy_is_whole(cli: Cli) -> No
     assert cli.json("fetch-checkpoint", "--which", "7", code=7)["error"]["hint"].startswith("it has: 50, 100")
 
 
+def test_weights_that_came_alone_are_what_there_is_once_the_node_is_gone(cli: Cli) -> None:
+    """As after every success with `fetch: best`."""
+    seed = Seed(cli.home).finished()
+    newest = seed.directory / "checkpoints" / "step-000100"
+    (newest / "training_state.pt").unlink()
+    done = cli.run("fetch-checkpoint")
+    assert done.stdout == f"{newest}\n" and "the weights alone" in done.stderr
+
+
 def test_a_checkpoint_that_rotted_and_whose_node_is_gone_is_7(cli: Cli) -> None:
     seed = Seed(cli.home).finished()
     (seed.directory / "checkpoints" / "step-000100" / "model.safetensors").write_text("rotten")
