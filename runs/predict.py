@@ -179,9 +179,12 @@ def predict(
     if offer.provider in _NOTES:
         notes += (_NOTES[offer.provider],)
     if gpu is None and spec.train.device == "cuda":
-        notes += (
-            f"{offer.gpu or 'no GPU'} is not in the GPU table, so memory and speed cannot be predicted",
+        what = (
+            f"{offer.gpu} is not in the GPU table"
+            if offer.gpu
+            else "train.device is cuda, and there is no GPU"
         )
+        notes += (f"{what}: neither speed nor whether it fits can be predicted",)
     return Prediction(
         offer=offer,
         parameters=flops.parameters(spec.model),

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from runs.record import RunRecord
 
 EVENTS_SHOWN = 25
+LABEL = 15
+"""Columns of a phase's name in the timeline."""
 _COLOURS = {
     "training": "green", "redone": "red", "evaluating": "cyan", "preparing": "yellow", "collecting": "blue",
     "booting": "magenta", "releasing": "bright_black", "idle": "red",
@@ -161,12 +163,12 @@ def timeline(run: RunRecord, now: datetime) -> None:
     room = render.width()
     first = min(start for row in rows for start, _ in row.spans)
     last = max(end for row in rows for _, end in row.spans)
-    cells = max(10, min(100, room - 14 - 9 - 11))
+    cells = max(10, min(100, room - LABEL - 9 - 11))
     out = render.console()
     out.print()
-    out.print(Text(f"{'TIMELINE':<14}{axis(last - first, cells)}{'TIME':>9}{'COST':>11}", style="bold"))
+    out.print(Text(f"{'TIMELINE':<{LABEL}}{axis(last - first, cells)}{'TIME':>9}{'COST':>11}", style="bold"))
     for row in rows:
-        text = Text(f"{row.label:<13} "[:14])
+        text = Text(f"{row.label:<{LABEL}}"[:LABEL])
         text.append(waterfall(row.spans, first, last, cells), style=row.colour)
         cost = dollars(row.micro_usd / MICRO) if row.micro_usd is not None else ""
         text.append(f"{duration(row.seconds):>9}{cost:>11}")
