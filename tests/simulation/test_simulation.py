@@ -13,7 +13,7 @@ from .plan import Fault, Plan, make
 
 SCHEDULES = int(os.environ.get("LLMCTL_SCHEDULES", "10000"))
 """Fewer for the tests of the tests."""
-PARTS = 8
+PARTS = 20
 """Tests that share them, so that several processes of pytest can."""
 
 WORLDS = {
