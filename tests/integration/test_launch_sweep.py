@@ -24,8 +24,9 @@ def made(cli: Cli) -> list[dict[str, Any]]:
 
 def sweep_through_kills(cli: Cli, rates: list[float], seeds: int, nodes: int) -> dict[str, Any]:
     """Make the runs, killing the sweep and a driver in the middle; what the sweep says at its end."""
+    # Long enough for a busy machine to see one of them train.
     tiny = spec(train__steps=80, train__validate_every=40, train__processes_per_node=1, checkpoint={"every_steps": 40},
-                trainer={"path": plain_trainer(cli.home)})  # fmt: skip
+                trainer={"path": plain_trainer(cli.home, step_seconds=0.05)})  # fmt: skip
     (cli.home / "run.yaml").write_text(tiny)
     values = {"name": "rates", "spec": "run.yaml", "budget": {"max_usd": 5}, "nodes": nodes,
               "grid": {"train.learning_rate": rates}, "seeds": seeds}  # fmt: skip
