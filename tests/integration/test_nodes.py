@@ -38,19 +38,23 @@ def losses(cli: Cli, run: str) -> list[float]:
     return [line["loss"] for line in lines]
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.harness)])
-def test_two_nodes_are_one_process(cli: Cli, processes: int) -> None:
-    """The losses agree to rounding; the data leaves this machine once; the log tells ranks apart; each node has its charges."""
+@pytest.mark.parametrize(
+    ("alone", "processes"), [([1], 1), pytest.param([1, 4], 2, marks=pytest.mark.harness)], ids=["2x1", "2x2"]
+)
+def test_two_nodes_are_one(cli: Cli, alone: list[int], processes: int) -> None:
+    """The losses are those of one node with one process, and with as many, to rounding; the data leaves this machine once; the log
+    tells ranks apart; each node has its charges."""
     runs = []
-    for nodes, each in ((1, 1), (2, processes)):
+    for nodes, each in (*((1, count) for count in alone), (2, processes)):
         hardware = {"provider": "local", "usd_per_hour": 3.6, "nodes": nodes}
         changes = {"train__processes_per_node": each, "train__microbatch_size": 2, "train__steps": 12}
-        (cli.home / "run.yaml").write_text(spec(hardware=hardware, name=f"n{nodes}", **changes))
+        (cli.home / "run.yaml").write_text(spec(hardware=hardware, name=f"n{nodes}x{each}", **changes))
         cli.run("launch", "run.yaml")
-        runs.append(f"n{nodes}")
-    one, two = (losses(cli, cli.show(run)["run"]) for run in runs)
-    assert len(one) == 12 and two == pytest.approx(one, rel=1e-5)
-    document = cli.show("n2")
+        runs.append(f"n{nodes}x{each}")
+    *ones, two = (losses(cli, cli.show(run)["run"]) for run in runs)
+    for one in ones:
+        assert len(one) == 12 and two == pytest.approx(one, rel=1e-5)
+    document = cli.show(runs[-1])
     first, second = document["attempts"][0]["nodes"]
     lanes = {(item["key"], item["lane"]): item for item in document["events"] if item["kind"] == "LaneDone"}
     assert lanes[second, "data"]["sent_bytes"] == 0
@@ -61,9 +65,9 @@ def test_two_nodes_are_one_process(cli: Cli, processes: int) -> None:
     assert document["cost_usd"] == pytest.approx(
         sum(charge["usd"] for charge in document["charges"]), abs=1e-6
     )
-    default = cli.run("tail", "n2", "--no-follow").stdout.splitlines()
+    default = cli.run("tail", runs[-1], "--no-follow").stdout.splitlines()
     assert any(line.startswith("step 12/12 | loss") for line in default)
-    everything = cli.run("tail", "n2", "--no-follow", "--ranks", "all").stdout.splitlines()
+    everything = cli.run("tail", runs[-1], "--no-follow", "--ranks", "all").stdout.splitlines()
     assert any(line.startswith("[rank 0] step 12/12 | loss") for line in everything)
     assert "[node 1] [supervisor] ended: finished" in everything
 
