@@ -265,13 +265,16 @@ def verdict(
     ended = [other for other in others if other.get("state") == "ended"]
     if first.get("state") == "ended":
         reason = str(first.get("reason") or "failed")
+        waiting = len(ended) < len(others) and odd_seconds < ODD_SECONDS
+        if reason == "finished" and waiting:  # for the last words in the others' logs: they end with it
+            return None
         if (
             reason == "stopped" and not asked
         ):  # another node had a reason: its interruption notice, its deadline
             told = [other for other in ended if other.get("reason") in {"interrupted", "deadline"}]
             if told:
                 return _words(told[0])
-            if len(ended) < len(others) and odd_seconds < ODD_SECONDS:
+            if waiting:
                 return None
         return _words(first)
     refused = [
