@@ -19,14 +19,10 @@ from runs.history import Past, alike, evaluated_tokens, same_machine
 from runs.rows import usd
 from runs.sections import RunSpec
 from trainer import flops
-from trainer.config import ConfigError, ModelConfig, TrainConfig, check_batch, divisors
+from trainer.config import ConfigError, ModelConfig, TrainConfig, check_batch
 from trainer.gpus import GPUS, Gpu
 
 Basis = Literal["history", "roofline", "unknown"]
-
-ENOUGH_TOKENS = {"cuda": 131_072, "cpu": 16_384}
-USABLE = 0.92
-"""As the trainer chooses (trainer.microbatch, which needs torch)."""
 
 _BOOT = {"local": 5.0, "ssh": 5.0, "ec2": 60.0, "lambda": 60.0}
 """Billed seconds until SSH answers, without history."""
@@ -191,7 +187,7 @@ def predict(
         flops_per_token=flops.flops_per_token(spec.model),
         memory_parts_gib=memory_parts(spec.model, spec.train, size or 1, world),
         memory_gib=needed,
-        fits=None if memory is None else size is not None and needed <= USABLE * memory,
+        fits=None if memory is None else size is not None and needed <= flops.USABLE * memory,
         microbatch_size=size,
         tokens_per_second=speed,
         mfu=_mfu(spec, offer, gpu, speed),
@@ -255,13 +251,7 @@ def microbatch(spec: RunSpec, world: int, memory_gib: float | None) -> int | Non
     """The microbatch of the spec, or for `auto` the largest divisor that is predicted to fit; None where none does."""
     if spec.train.microbatch_size != "auto":
         return spec.train.microbatch_size
-    limit = max(1, ENOUGH_TOKENS[spec.train.device] // spec.model.context_length)
-    sizes = [size for size in divisors(spec.train.global_batch_size // world) if size <= limit]
-    if memory_gib is not None:
-        sizes = [
-            n for n in sizes if flops.memory_gib(spec.model, spec.train, n, world) <= USABLE * memory_gib
-        ]
-    return max(sizes, default=None)
+    return flops.largest_microbatch(spec.model, spec.train, world, memory_gib)
 
 
 def memory_parts(

@@ -8,10 +8,16 @@ embedding look-up is no product, the head is one, tied or not. The vocabulary co
 
 from __future__ import annotations
 
-from trainer.config import ModelConfig, TrainConfig
+from typing import TypeGuard
+
+from trainer.config import ModelConfig, TrainConfig, divisors
 
 FORMULA = "6 * matmul parameters + 12 * layers * width * context"
 PAD = 128
+ENOUGH_TOKENS = {"cuda": 131_072, "cpu": 16_384}
+"""Tokens of a microbatch beyond which nothing gets faster."""
+USABLE = 0.92
+"""Share of a GPU's memory that a prediction may fill."""
 
 
 def padded_vocab(vocab_size: int) -> int:
@@ -112,14 +118,14 @@ def activation_bytes(model: ModelConfig, train: TrainConfig, microbatch_size: in
     head = padded_vocab(model.vocab_size) * width
     logits = min(tokens, head_chunk(train.device)) * padded_vocab(model.vocab_size) * item
     if capped(model.logit_softcap):
-        logits *= 2
+        logits *= 2  # one kernel sums and writes, through a second chunk
     backward = 2 * feed_forward_width(model) + 2 * width
     if train.activation_checkpointing:
         backward += _kept(model)
     return kept + 4 * head + max(logits + 2 * head * item, tokens * backward * item)
 
 
-def capped(softcap: float | None) -> bool:
+def capped(softcap: float | None) -> TypeGuard[float]:
     """Whether logits are bounded so low that exp(logit − cap) loses none of them (at ±20 it is at least 4e-18): then the loss need
     not look for the largest."""
     return softcap is not None and softcap <= 20
@@ -135,3 +141,19 @@ def memory_gib(model: ModelConfig, train: TrainConfig, microbatch_size: int, pro
     fixed = 1.0 * 2**30 if train.device == "cuda" else 0.5 * 2**30
     total = state_bytes(model, train, processes) + activation_bytes(model, train, microbatch_size) + fixed
     return float(total) / 2**30
+
+
+def microbatch_sizes(model: ModelConfig, train: TrainConfig, processes: int) -> list[int]:
+    """Microbatch sizes that divide a process's share of the global batch, largest first, none longer than useful."""
+    limit = max(1, ENOUGH_TOKENS[train.device] // model.context_length)
+    return [size for size in reversed(divisors(train.global_batch_size // processes)) if size <= limit]
+
+
+def largest_microbatch(
+    model: ModelConfig, train: TrainConfig, processes: int, memory_gib_here: float | None
+) -> int | None:
+    """The largest of them that is predicted to fit into `memory_gib_here` (None: no limit); None where not even one sequence would."""
+    for size in microbatch_sizes(model, train, processes):
+        if memory_gib_here is None or memory_gib(model, train, size, processes) <= USABLE * memory_gib_here:
+            return size
+    return None

