@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+from trainer import loop
 from trainer.shards import write_bin
 
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = {"vocab_size": 256, "context_length": 32, "emb_dim": 32, "n_heads": 2, "n_layers": 2}
 
 
@@ -101,3 +106,32 @@ def status(out: Path) -> dict[str, Any]:
     """status.json."""
     document: dict[str, Any] = json.loads((out / "status.json").read_text(encoding="utf-8"))
     return document
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, bad: set[int]) -> None:
+    """Make the loss of these steps infinite."""
+    original = loop._one_step
+
+    def one_step(run: Any, batches: Any) -> None:
+        handle = None
+        if run.step + 1 in bad:
+            handle = run.model.final_norm.register_forward_hook(
+                lambda module, args, output: output * float("inf")
+            )
+        original(run, batches)
+        if handle is not None:
+            handle.remove()
+
+    monkeypatch.setattr(loop, "_one_step", one_step)
+
+
+def run_trainer(*arguments: str, killed: tuple[str, int] | None = None) -> subprocess.CompletedProcess[str]:
+    """The trainer in a process of its own, as on a node; `killed`: an instant of tests.trainer.killed, and which occurrence of it is fatal."""
+    module = ["tests.trainer.killed", killed[0], str(killed[1])] if killed is not None else ["trainer"]
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+    }  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "-m", *module, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.trainer.conftest import losses, records, status
+from tests.trainer.conftest import ROOT, losses, poison, records, run_trainer, status
 from trainer import cache, checkpoint, flops, loop, loss, manifest
 from trainer.loss import linear_cross_entropy
 from trainer.reading import load
@@ -22,19 +21,7 @@ from trainer.session import can_compile
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 MakeConfig = Callable[..., Path]
-ROOT = Path(__file__).resolve().parents[2]
 ON_GPU: dict[str, Any] = {"device": "cuda", "precision": "bf16", "compile": True}
-
-
-def trainer(*arguments: str, killed: tuple[str, int] | None = None) -> subprocess.CompletedProcess[str]:
-    """The trainer in a process of its own, as on a node: what is chosen before the first CUDA call is chosen anew."""
-    command = [sys.executable, "-m", "trainer", *arguments]
-    if killed is not None:
-        command[2:3] = ["tests.trainer.killed", killed[0], str(killed[1])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False
-    )
 
 
 @pytest.mark.slow
@@ -44,7 +31,7 @@ def test_killed_and_resumed_is_bit_identical_when_deterministic(
 ) -> None:
     config = str(make_config(train={**ON_GPU, "deterministic": True}))
     for out in ("whole", "killed"):
-        done = trainer(
+        done = run_trainer(
             "train",
             "--config",
             config,
@@ -53,7 +40,7 @@ def test_killed_and_resumed_is_bit_identical_when_deterministic(
             killed=instant if out == "killed" else None,
         )
         assert done.returncode == (-signal.SIGKILL if out == "killed" else 0), done.stderr
-    done = trainer("train", "--config", config, "--out", str(tmp_path / "killed"), "--resume")
+    done = run_trainer("train", "--config", config, "--out", str(tmp_path / "killed"), "--resume")
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     for name in ("model.safetensors", "training_state.pt"):
@@ -97,19 +84,7 @@ def test_a_step_waits_for_nothing_on_the_host(
 def test_a_step_that_is_not_finite_is_skipped(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = loop._one_step
-
-    def one_step(run: Any, batches: Any) -> None:
-        handle = None
-        if run.step + 1 == 5:
-            handle = run.model.final_norm.register_forward_hook(
-                lambda module, args, output: output * float("inf")
-            )
-        original(run, batches)
-        if handle is not None:
-            handle.remove()
-
-    monkeypatch.setattr(loop, "_one_step", one_step)
+    poison(monkeypatch, {5})
     out = tmp_path / "out"
     config = make_config(train={"device": "cuda", "precision": "bf16", "optimizer": "muon"})
     assert loop.run(config, out, resume=False) == 0
@@ -193,7 +168,7 @@ def test_out_of_memory_names_what_would_fit(make_config: MakeConfig, tmp_path: P
 @pytest.mark.slow
 def test_compiled_code_is_kept_for_the_next_process(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config(train=ON_GPU)
-    done = trainer("train", "--config", str(config), "--out", str(tmp_path / "out"))
+    done = run_trainer("train", "--config", str(config), "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     entry = cache.key(load(config), torch.device("cuda", 0), 1)
     assert (cache.directory() / f"{entry}.compiled").stat().st_size > 0
@@ -201,7 +176,7 @@ def test_compiled_code_is_kept_for_the_next_process(make_config: MakeConfig, tmp
 
 
 def test_bench_knows_the_gpu_and_its_peak(make_config: MakeConfig) -> None:
-    done = trainer("bench", "--config", str(make_config(train=ON_GPU)), "--steps", "3", "--json")
+    done = run_trainer("bench", "--config", str(make_config(train=ON_GPU)), "--steps", "3", "--json")
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert document["device"] == torch.cuda.get_device_name(0)
@@ -230,5 +205,5 @@ def test_checkpoints_are_whole_and_sampled_on_the_gpu(make_config: MakeConfig, t
     )
     greedy = ["sample", "--checkpoint", str(directory / "latest"), "--prompt-tokens", "100,101", "--tokens", "8",
               "--temperature", "0"]  # fmt: skip
-    here, there = (json.loads(trainer(*greedy, "--device", device).stdout) for device in ("cpu", "cuda"))
+    here, there = (json.loads(run_trainer(*greedy, "--device", device).stdout) for device in ("cpu", "cuda"))
     assert here == there

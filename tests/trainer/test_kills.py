@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.trainer.conftest import config_maker, losses, records
+from tests.trainer.conftest import config_maker, losses, records, run_trainer
 from trainer import checkpoint, loop, manifest
 
-ROOT = Path(__file__).resolve().parents[2]
 MakeConfig = Callable[..., Path]
 INSTANTS = [
     # Steps and validations do not wait for the checkpoint before them, so that one may not be on the disk yet.
@@ -42,21 +38,8 @@ def uninterrupted(token_shards: dict[str, Path], tmp_path_factory: pytest.TempPa
 
 
 def run_killed(config: Path, out: Path, instant: str, count: int) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "tests.trainer.killed",
-        instant,
-        str(count),
-        "train",
-        "--config",
-        str(config),
-        "--out",
-        str(out),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=120, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    done = run_trainer("train", "--config", str(config), "--out", str(out), killed=(instant, count))
+    assert done.returncode == -signal.SIGKILL, done.stderr
 
 
 @pytest.mark.slow

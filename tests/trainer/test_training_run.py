@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.trainer.conftest import MODEL, losses, records, status
+from tests.trainer.conftest import MODEL, losses, poison, records, status
 from trainer import cache, checkpoint, evaluate, loop, manifest
 from trainer.batches import Reader
 from trainer.config import CheckpointConfig
@@ -221,23 +221,6 @@ def test_a_torn_last_line_is_ended(make_config: MakeConfig, tmp_path: Path) -> N
     broken = [line for line in (out / "metrics.jsonl").read_text().splitlines() if not line.endswith("}")]
     assert broken == ['{"kind": "st']
     assert sorted(losses(out)) == list(range(1, 15))
-
-
-def poison(monkeypatch: pytest.MonkeyPatch, bad: set[int]) -> None:
-    """Make the loss of these steps infinite."""
-    original = loop._one_step
-
-    def one_step(run: Any, batches: Any) -> None:
-        handle = None
-        if run.step + 1 in bad:
-            handle = run.model.final_norm.register_forward_hook(
-                lambda module, args, output: output * float("inf")
-            )
-        original(run, batches)
-        if handle is not None:
-            handle.remove()
-
-    monkeypatch.setattr(loop, "_one_step", one_step)
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_shown(
