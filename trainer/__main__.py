@@ -13,7 +13,8 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -25,25 +26,26 @@ def _train(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--resume", action="store_true", help="go on from the last whole checkpoint in --out")
     options = parser.parse_args(argv)
-    _before_torch()
-    from trainer.loop import run
+    with _loading_torch():
+        from trainer.loop import run
 
-    gc.enable()
     return run(options.config, options.out, resume=options.resume)
 
 
-def _before_torch() -> None:
-    """Settings that torch reads once. Segments that can grow do not fragment, which is what late out-of-memory is. And no search
-    for garbage among what is being loaded: with that at the end, a fifth of the time that a process needs to begin and end."""
-    gc.disable()
+@contextmanager
+def _loading_torch() -> Iterator[None]:
+    """With the settings that torch reads once: segments that can grow do not fragment, which is what late out-of-memory is. And no
+    search for garbage among what is being loaded: with that at the end, a fifth of the time that a process needs to begin and end."""
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    gc.disable()
+    yield
+    gc.enable()
 
 
 def _bench(argv: Sequence[str]) -> int:
-    _before_torch()
-    from trainer.bench import main
+    with _loading_torch():
+        from trainer.bench import main
 
-    gc.enable()
     return main(argv)
 
 
