@@ -78,10 +78,10 @@ RUNGS = {
     ],
 }
 RATIO = {
-    "cpu": (COMPILED, {**OURS, "allocator": "keeps", "precision": "fp32"}),
+    "cpu": (COMPILED, {**OURS, "allocator": "keeps"}),
     "cuda": (
         {**COMPILED, "tf32": True, "host": "waits", "batches": "read at need"},
-        {**OURS, "tf32": True, "batches": "read ahead", "collector": "frozen", "precision": "bf16"},
+        {**OURS, "tf32": True, "batches": "read ahead", "collector": "frozen"},
     ),
 }
 

@@ -233,9 +233,9 @@ def _why(error: Exception, directory: Path) -> str:
     """What kept a node's server from starting: its own last word, where it had one."""
     if not isinstance(error, subprocess.CalledProcessError):
         return str(error)
-    words = (directory / "server.log").read_text(encoding="utf-8", errors="replace").split("\n")
-    last = next((line for line in reversed(words) if line.strip()), "it said nothing")
-    return f"its server ended with exit code {error.returncode}: {last.strip()}"
+    said = (directory / "server.log").read_text(encoding="utf-8", errors="replace").split("\n")
+    last = next((line.strip() for line in reversed(said) if line.strip()), "it said nothing")
+    return f"its server ended with exit code {error.returncode}: {last}"
 
 
 def installed_gpus() -> tuple[str | None, int]:
