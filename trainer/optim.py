@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from trainer.config import TrainConfig
 from trainer.model import GPT, plain_name
@@ -22,23 +22,26 @@ MOMENTUM = 0.95
 
 
 class Optimizer:
-    """Every parameter of a model in exactly one optimizer: AdamW, or Muon for the blocks' matrices (`optimizer: muon`)."""
+    """Every parameter of a model in exactly one optimizer: AdamW, or Muon for the blocks' matrices (`optimizer: muon`).
+
+    torch's update is called as a function, with state of our own: a torch.optim.Optimizer loads torch's compiler at its first
+    use, a second of each process that compiles nothing.
+    """
 
     def __init__(self, model: GPT, train: TrainConfig) -> None:
         self.names = {parameter: plain_name(name) for name, parameter in model.named_parameters()}
         matrices = [p for p, name in self.names.items() if p.ndim == 2 and name.startswith("blocks.")]
         by_muon = set(matrices) if train.optimizer == "muon" else set()
         rest = [p for p in self.names if p not in by_muon]
-        groups = [
-            {"params": [p for p in rest if p.ndim == 2], "weight_decay": train.weight_decay},
-            {"params": [p for p in rest if p.ndim != 2], "weight_decay": 0.0},
-        ]
-        self.adamw = torch.optim.AdamW(
-            groups, lr=train.learning_rate, betas=train.betas, eps=train.eps, fused=True
+        self.adamw = (
+            (train.weight_decay, [p for p in rest if p.ndim == 2]),
+            (0.0, [p for p in rest if p.ndim != 2]),
         )
-        self.muon = Muon(matrices, train.muon_learning_rate, train.weight_decay) if by_muon else None
+        """(weight decay, the parameters that AdamW updates with it)."""
+        self.muon = Muon(matrices, train.weight_decay) if by_muon else None
         self.train = train
-        assert len(self.names) == len(rest) + len(by_muon)
+        self._moments: dict[nn.Parameter, dict[str, Tensor]] = {}
+        self.reset()
 
     @torch.no_grad()
     def step(self, factor: float) -> tuple[Tensor, Tensor]:
@@ -49,42 +52,46 @@ class Optimizer:
         """
         norm = gradient_norm(self.names)
         skipped = (~torch.isfinite(norm)).float()
-        # AdamW's fused kernel divides gradients by `grad_scale` as it reads them, and does nothing where `found_inf`
-        # is 1: the attributes are how torch.amp.GradScaler speaks to it.
         limit = self.train.grad_clip
         divisor = (norm / limit).clamp(min=1.0) if limit else torch.ones_like(norm)
         divisor = torch.where(skipped > 0, 1.0, divisor)
-        for group in self.adamw.param_groups:
-            group["lr"] = self.train.learning_rate * factor
-        self.adamw.grad_scale, self.adamw.found_inf = divisor, skipped  # type: ignore[attr-defined]
-        self.adamw.step()
+        for decay, parameters in self.adamw:
+            self._adamw(parameters, self.train.learning_rate * factor, decay, divisor, skipped)
         if self.muon is not None:
             self.muon.update(self.train.muon_learning_rate * factor, divisor, skipped)
         for parameter in self.names:
             parameter.grad = None
         return norm, skipped
 
+    def _adamw(
+        self, parameters: list[nn.Parameter], lr: float, decay: float, divisor: Tensor, skipped: Tensor
+    ) -> None:
+        """The fused kernel divides gradients by `grad_scale` as it reads them, and does nothing where `found_inf` is 1."""
+        ready = [p for p in parameters if p.grad is not None]
+        states = [self._moments[p] for p in ready]
+        adamw(
+            list(ready), [p.grad for p in ready if p.grad is not None], [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states], [], [state["step"] for state in states], fused=True,
+            grad_scale=divisor, found_inf=skipped, amsgrad=False, beta1=self.train.betas[0], beta2=self.train.betas[1], lr=lr,
+            weight_decay=decay, eps=self.train.eps, maximize=False,
+        )  # fmt: skip
+
     def state(self) -> dict[str, dict[str, Tensor]]:
         """The state tensors of each parameter by its name."""
-        optimizers: list[torch.optim.Optimizer] = [self.adamw, *([self.muon] if self.muon else [])]
-        return {
-            name: {key: value for key, value in one.state[parameter].items() if isinstance(value, Tensor)}
-            for parameter, name in self.names.items()
-            for one in optimizers
-            if parameter in one.state
-        }
+        known = self._moments | (self.muon.state if self.muon is not None else {})
+        return {name: known[parameter] for parameter, name in self.names.items()}
 
-    def prepare_state(self) -> None:
-        """Create every state tensor as it is before the first step, so that a checkpoint can be copied into it."""
-        for group in self.adamw.param_groups:
-            for parameter in group["params"]:
-                self.adamw.state[parameter] = {
+    def reset(self) -> None:
+        """Every state tensor as it is before the first step."""
+        for _, parameters in self.adamw:
+            for parameter in parameters:
+                self._moments[parameter] = {
                     "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
         if self.muon is not None:
-            self.muon.prepare_state()
+            self.muon.reset()
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
@@ -95,37 +102,27 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     return gather() if gather is not None else norm
 
 
-class Muon(torch.optim.Optimizer):
+class Muon:
     """Momentum, orthogonalised (Jordan et al., 2024): torch.optim.Muon's update, for all matrices of one shape at once
     and with the decision to skip left on the device. One batched product replaces dozens of small ones."""
 
-    def __init__(self, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> None:
-        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
+    def __init__(self, parameters: list[nn.Parameter], weight_decay: float) -> None:
+        self.parameters, self.weight_decay = parameters, weight_decay
+        self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
 
-    def prepare_state(self) -> None:
-        """Zero momentum for each matrix."""
-        for parameter in self._parameters():
-            self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
-
-    def _parameters(self) -> list[nn.Parameter]:
-        return [parameter for group in self.param_groups for parameter in group["params"]]
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update with the group's learning rate, unclipped."""
-        assert closure is None
-        one = torch.ones(())
-        self.update(self.param_groups[0]["lr"], one, one - 1)
+    def reset(self) -> None:
+        """Zero momentum for each matrix; called before the first update."""
+        self.state = {
+            parameter: {"momentum_buffer": torch.zeros_like(parameter)} for parameter in self.parameters
+        }
 
     @torch.no_grad()
     def update(self, lr: float, divisor: Tensor, skipped: Tensor) -> None:
         """One update of gradients / `divisor`; where `skipped` is 1, weights and momentum stay as they are."""
-        self.prepare_state()
         alike: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
-        for parameter in self._parameters():
+        for parameter in self.parameters:
             if parameter.grad is not None:
                 alike[parameter.shape].append(parameter)
-        decay = self.param_groups[0]["weight_decay"]
         for shape, parameters in alike.items():
             keep = skipped.to(parameters[0].device)
             gradients = [p.grad for p in parameters if p.grad is not None]
@@ -136,7 +133,7 @@ class Muon(torch.optim.Optimizer):
             direction = orthogonalise(fresh.lerp(momentum, MOMENTUM)).to(before.dtype)
             weights = torch.stack(list(parameters))
             scale = lr * max(1.0, shape[0] / shape[1]) ** 0.5
-            after = weights * (1 - lr * decay) - scale * direction
+            after = weights * (1 - lr * self.weight_decay) - scale * direction
             torch._foreach_copy_(buffers, list(torch.where(keep > 0, before, momentum)))
             torch._foreach_copy_([p.data for p in parameters], list(torch.where(keep > 0, weights, after)))
 

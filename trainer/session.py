@@ -132,7 +132,7 @@ def prepare(
         run.microbatch_size = size = microbatch.verified(
             size, config, here, lambda candidate: _attempt(run, candidate)
         )
-        optimizer.prepare_state()
+        optimizer.reset()
     if found:
         _restore(run, Path(found[0]), facts)
     else:
@@ -204,9 +204,7 @@ def build(config: TrainerConfig, here: World) -> tuple[GPT, nn.Module, Optimizer
         if compiled:
             model.compile_blocks()
     model.train()
-    optimizer = Optimizer(model, train)
-    optimizer.prepare_state()
-    return model, module, optimizer
+    return model, module, Optimizer(model, train)
 
 
 def use_seed_weights(model: GPT, config: TrainerConfig) -> None:

@@ -17,7 +17,7 @@ from orchestrator.remote.connection import CommandFailed
 from orchestrator.remote.node import Remote
 
 MINIMUM = {"torch": (2, 9), "numpy": (1, 26), "safetensors": (0, 4)}
-"""Pins: torch 2.9 is the first with torch.optim.Muon; the others are what the trainer was tested with at the least."""
+"""Pins: torch 2.9 is the first with torch.optim.Muon, which ours is tested against; the others are what the trainer was tested with at the least."""
 SMALL = ("numpy", "safetensors")
 """Wheels of a few megabytes."""
 UV_PACKAGES = ("torch>=2.9,<3", "numpy>=1.26", "safetensors>=0.4")

@@ -101,9 +101,16 @@ def test_the_command_prints_tokens(tmp_path: Path, capsys: pytest.CaptureFixture
     assert capsys.readouterr().out.strip() == f'{{"tokens": {expected}}}'
 
 
-def test_a_model_is_read_without_the_compiler(tmp_path: Path) -> None:
-    """Which takes longer to load than all the rest."""
+def test_a_model_is_read_and_trained_without_the_compiler(tmp_path: Path) -> None:
+    """Which takes as long to load as all the rest of torch; what is not compiled does not wait for it."""
     folder = checkpoint_of(build(), tmp_path / "c")
-    code = f"import sys; from trainer.sample import load_model; load_model({str(folder)!r}); print('torch._dynamo' in sys.modules)"
+    code = (
+        "import sys, torch; from trainer.config import TrainConfig; from trainer.optim import Optimizer\n"
+        f"from trainer.sample import load_model; model = load_model({str(folder)!r})[0].train().requires_grad_()\n"
+        "model(torch.tensor([[1, 2]]), torch.tensor([[2, 3]]), 2.0).backward()\n"
+        "train = TrainConfig(global_batch_size=1, steps=1, learning_rate=0.1, optimizer='muon')\n"
+        "norm, skipped = Optimizer(model, train).step(1.0)\n"
+        "print(float(norm) > 0, float(skipped), 'torch._dynamo' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
+    assert done.stdout == "True 0.0 False\n"

@@ -91,7 +91,6 @@ def _prepare(
     work.begin(here)
     trainable = work.trainable()
     optimizer = Optimizer(cast(GPT, Trainable(trainable)), train)
-    optimizer.prepare_state()
     wrapped = distributed.spread(cast(GPT, work.module), train, here)
     first = here.rank == 0
     session = Session(
