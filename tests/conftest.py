@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,9 @@ import pytest
 from tests import images
 
 gc.set_threshold(10_000, 50, 100)  # as the program itself (orchestrator/cli.py): modules are no garbage
+# As in an activated environment: every node's python3 is this one. A version manager's shim (pyenv's) is a shell script instead,
+# a tenth of a second and forty processes each time that a node is asked something.
+os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
 
 
 @pytest.fixture(scope="session", autouse=True)
