@@ -165,6 +165,22 @@ def test_launches_that_others_gave_up_are_watched_for_a_day(store: Store) -> Non
     assert seen(0) == []
 
 
+def test_what_a_driver_asks_at_each_step_reads_no_whole_table(store: Store) -> None:
+    """Ten thousand nodes that ended long ago cost a driver nothing."""
+    store.commit(Story().begun().launched().changes)
+    asked: list[str] = []
+    driver = Store(store.home)
+    driver._db.set_trace_callback(asked.append)
+    driver.given_up("sim", at(0), beside="next-0001")
+    driver.record(RUN)
+    driver.nodes(unsettled=True)
+    driver.concerning()
+    driver._db.set_trace_callback(None)
+    questions = [sql for sql in asked if sql.startswith("SELECT")]
+    plans = [row["detail"] for sql in questions for row in store._db.execute(f"EXPLAIN QUERY PLAN {sql}")]
+    assert len(questions) >= 4 and not [step for step in plans if step.startswith("SCAN")], plans
+
+
 def test_the_bill_of_a_run_that_was_forgotten_stays(store: Store) -> None:
     store.commit(Story().begun().launched().changes)
     store.forget(RUN)
