@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from orchestrator import exits
-from orchestrator.commands import data, finish, hidden, models, results, start, watch
+from orchestrator.commands import data, finish, models, results, start, watch
 
 app = typer.Typer(
     name="llmctl",
@@ -19,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (start, watch, finish, results, models, data, hidden):
+for module in (start, watch, finish, results, models, data):
     module.register(app)
 
 

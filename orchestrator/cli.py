@@ -1,6 +1,7 @@
 """The program `llmctl`: the one boundary at which every error gets its exit code, and the footer under every command.
 
-`status --json` and completion need no argument parser: they tell what is stored, and are done before one would be loaded.
+`status --json` and completion need no argument parser: they tell what is stored, and are done before one would be loaded. Nor does
+a driver, which llmctl starts itself.
 """
 
 from __future__ import annotations
@@ -64,6 +65,11 @@ def _run(words: Sequence[str], *, debug: bool) -> Any:
         from orchestrator.actions import show
 
         return show.print_status(words[1] if words[1:2] and not words[1].startswith("-") else None)
+    if words[:1] == ["internal-driver"] and words[1:]:  # [--force] [--] RUN
+        from orchestrator.driver import main as driver
+        from runs.store import default_home
+
+        return driver.main(default_home(), words[-1], force="--force" in words[1:-1])
     if shell := os.environ.get("_LLMCTL_COMPLETE"):
         from orchestrator import completion
 
@@ -116,10 +122,10 @@ def _report(problem: Failure, words: Sequence[str]) -> int:
 
 
 def _talkative(words: Sequence[str]) -> bool:
-    """Whether the footer belongs under this command: not under help, completion or the hidden ones."""
+    """Whether the footer belongs under this command: not under help, completion or a driver."""
     mine = own(words)
     return bool(mine) and {"--help", "-h", "--version"}.isdisjoint(mine) and not any(
-        word.startswith(("internal-", "--show-completion", "--install-completion")) for word in mine[:2]
+        word.startswith(("internal-driver", "--show-completion", "--install-completion")) for word in mine[:2]
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -46,15 +47,12 @@ def prepare(name: str, tokenizer: str, cache: Path, progress: Progress = quiet) 
     if tokenizer != "bytes":
         raise DataError(f"builtin:{name} is tokens of bytes, and data.tokenizer is {tokenizer}",
                         "Write tokenizer: bytes and model.vocab_size: 256; for other tokenizers, `llmctl data prepare` text of your own")  # fmt: skip
-    documents = stdlib(Path(sysconfig.get_paths()["stdlib"]))
+    documents, digest = library()
     if not documents:
         raise DataError(
             "this Python has no standard library source", "Give text of your own to `llmctl data prepare`"
         )
-    digest = hashlib.sha256()
-    for key, path in documents:
-        digest.update(key.encode() + hashlib.sha256(path.read_bytes()).digest())
-    folder = cache / "builtin" / f"{name}-{PASSAGE_BYTES}-{digest.hexdigest()[:16]}"
+    folder = cache / "builtin" / f"{name}-{PASSAGE_BYTES}-{digest[:16]}"
     if not _whole(folder):
         with _alone(folder):
             if not _whole(folder):  # who held the lock before may have made it
@@ -78,6 +76,16 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _unwritable(folder: Path, error: OSError) -> DataError:
     return DataError(f"{folder}: {error.strerror or error}", "Free some space, or set LLMCTL_HOME elsewhere")
+
+
+@functools.cache
+def library() -> tuple[list[tuple[str, Path]], str]:
+    """This Python's library, and the SHA-256 of all of it: read once a process, which asks for it twice to plan and to launch."""
+    documents = stdlib(Path(sysconfig.get_paths()["stdlib"]))
+    digest = hashlib.sha256()
+    for key, path in documents:
+        digest.update(key.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return documents, digest.hexdigest()
 
 
 def stdlib(root: Path) -> list[tuple[str, Path]]:

@@ -100,7 +100,7 @@ def driver_frozen(case: Case) -> End:
 def two_drivers(case: Case) -> End:
     case.launch()
     case.later(LONG / 2)
-    more = [case.cli.start("internal-driver", case.run, *force) for force in ([], ["--force"], [])]
+    more = [case.cli.start("internal-driver", *force, "--", case.run) for force in ([], ["--force"], [])]
     case.injected += 1
     code = case.carry_on()
     for process in more:

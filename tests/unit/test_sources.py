@@ -375,7 +375,9 @@ def library(tmp_path, monkeypatch):
         path.write_text(f"# module {index}\n" * 30)
     monkeypatch.setattr(corpora.sysconfig, "get_paths", lambda: {"stdlib": str(root)})
     monkeypatch.setattr(corpora, "SHARD_TOKENS", 20_000)
-    return root
+    corpora.library.cache_clear()
+    yield root
+    corpora.library.cache_clear()
 
 
 def test_the_standard_library_as_shards(tmp_path, library):
@@ -405,6 +407,7 @@ def test_the_corpus_is_made_once_and_again_when_it_changes_or_is_damaged(tmp_pat
         shards.probe(corpora.prepare("python-stdlib", "bytes", tmp_path / "cache").train[0]).tokens == 20_000
     )
     (library / "p1" / "new.py").write_text("new = 1\n")
+    corpora.library.cache_clear()  # another process reads it anew
     assert (
         corpora.prepare("python-stdlib", "bytes", tmp_path / "cache").train[0].parent != made.train[0].parent
     )
