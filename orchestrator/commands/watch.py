@@ -107,10 +107,15 @@ def tail(
 def show(run: AnyRun = None, *, as_json: Json = False, output: Output = Form.TEXT) -> None:
     """Show the whole record of a run: spec, hardware, attempts, timeline, charges by phase, checkpoints, events."""
     from orchestrator.actions import show as documents
-    from orchestrator.render import show as render_show
     from runs.store import utcnow
 
     store = open_store()
     record, now = find_record(store, run), utcnow()
     document = documents.show(store, record, now)
-    answer(document, as_json=machine(as_json, output), human=lambda: render_show.show(document, record, now))
+
+    def human() -> None:
+        from orchestrator.render import show as render_show
+
+        render_show.show(document, record, now)
+
+    answer(document, as_json=machine(as_json, output), human=human)
