@@ -38,7 +38,7 @@ def _load_asyncssh() -> None:
     """asyncssh without a few ciphers that nobody needs on loopback: it searches their libraries with ldconfig, gcc and ld, a third
     of the time that it takes to load."""
     search = ctypes.util.find_library
-    ctypes.util.find_library = lambda name: None
+    ctypes.util.find_library = lambda name: None  # noqa: ARG005 - the name is the signature's
     try:
         import asyncssh  # noqa: F401
     finally:

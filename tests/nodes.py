@@ -144,6 +144,7 @@ def real_sshd(
         "PasswordAuthentication": "no",
         "PermitRootLogin": "yes",
         "ForceCommand": f"sh {enter}",
+        "SetEnv": "SHLVL=1",  # else bash reads the .bashrc of whoever runs the tests, whatever that takes
     }
     (place / "conf").write_text("".join(f"{name} {value}\n" for name, value in options.items()))
     if os.geteuid() == 0:

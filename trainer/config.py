@@ -332,7 +332,7 @@ def check_batch(train: TrainConfig, processes: int) -> None:
     require(rest == 0, "train.global_batch_size",
              f"{train.global_batch_size} does not divide over {processes} processes; "
              f"{processes * max(1, share)} or {processes * (share + 1)} would")  # fmt: skip
-    if train.microbatch_size != "auto":
+    if train.microbatch_size != "auto" and train.microbatch_size >= 1:  # what is below is refused by `check`
         require(share % train.microbatch_size == 0, "train.microbatch_size",
                  f"{train.microbatch_size} does not divide the {share} sequences of each process; "
                  f"{', '.join(map(str, divisors(share)))} would")  # fmt: skip

@@ -35,6 +35,8 @@ PROBE_SECONDS = 10.0
 FIRST_PROBES = 3
 SILENCE_SECONDS = 35.0
 """A link that did not answer for so long is dead."""
+REFUSED_SECONDS = 5.0
+"""How long a node may take to notice that commands have ended, and refuse others meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,12 @@ class ConnectionLost(NodeUnreachable):
     sent = True
     """False: the link broke before anything of a command was sent, so that another try does nothing twice."""
     default_hint = "the job on the node goes on; the next command connects again"
+
+
+class SessionRefused(RemoteError):
+    """The node takes no further session on a connection that lives."""
+
+    default_hint = "its sshd allows too few (MaxSessions); llmctl needs 10"
 
 
 class HostKeyMismatch(RemoteError):
@@ -194,17 +202,27 @@ class Link:
             self._opening.release()
 
     def open_channel(self, window: int | None, timeout: float) -> paramiko.Channel:
-        """A channel that is opened now, which proves that the link lives."""
+        """A channel that is opened now, which proves that the link lives. A node counts a command until it has noticed its end: one
+        that refuses another is asked again for some seconds. Raises SessionRefused, ConnectionLost."""
+        from provisioning.retries import stamina
+
+        for attempt in stamina.retry_context(
+            on=SessionRefused, attempts=None, timeout=REFUSED_SECONDS, wait_initial=0.02, wait_max=0.5, wait_jitter=0.02
+        ):  # fmt: skip
+            with attempt:
+                return self._open_once(window, timeout)
+        raise AssertionError("unreachable")
+
+    def _open_once(self, window: int | None, timeout: float) -> paramiko.Channel:
         import paramiko
 
+        began = time.monotonic()
         try:
             return self.transport.open_session(window_size=window, timeout=timeout)
-        except paramiko.ChannelException as error:
-            raise RemoteError(
-                f"{self.address.key} refuses another session: {error}",
-                hint="its sshd allows too few (MaxSessions); llmctl needs 10",
-            ) from error
         except (paramiko.SSHException, EOFError, OSError) as error:
+            # Of two refusals at once paramiko calls one a ChannelException; the other is an SSHException as any other.
+            if self.transport.is_active() and time.monotonic() - began < timeout:
+                raise SessionRefused(f"{self.address.key} refuses another session: {error}") from error
             self.close()
             broken = lost(self.address, str(error) or type(error).__name__)
             broken.sent = False

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from runs.spec import Problem, RunSpec, SpecError, from_dict, load, parse
@@ -379,6 +379,9 @@ KEYS = [
 ]
 
 
+@example(
+    {"hardware.nodes": None, "train.microbatch_size": 0}
+)  # wrong in one place, and in another that divides by it
 @settings(max_examples=150, deadline=None)
 @given(
     st.dictionaries(
