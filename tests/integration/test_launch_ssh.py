@@ -31,7 +31,8 @@ def test_a_run_on_a_machine_of_ones_own(cli: Cli, node: Node) -> None:  # noqa: 
     assert document["state"] == "succeeded"
     assert document["cost_usd"] == pytest.approx(document["billed_seconds"] * 3.6 / 3600, abs=2e-6)
     assert (node.home / "llmctl" / "runs" / run / "metrics.jsonl").exists(), "it ran on that machine"
-    written = list((cli.home / "runs" / run / "wandb").glob("offline-run-*/run-*.wandb"))
-    assert len(written) == 1 and written[0].stat().st_size > 1000
     offers = cli.json("plan", "run.yaml")
     assert offers["offer"]["available"], "the claim on the machine was let go"
+    assert cli.left(patience=60) == [], "the driver has written wandb's last lines, and is gone"
+    (written,) = (cli.home / "runs" / run / "wandb").glob("offline-run-*/run-*.wandb")
+    assert written.stat().st_size > 1000
