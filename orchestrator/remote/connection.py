@@ -204,14 +204,14 @@ class Link:
     def open_channel(self, window: int | None, timeout: float) -> paramiko.Channel:
         """A channel that is opened now, which proves that the link lives. A node counts a command until it has noticed its end: one
         that refuses another is asked again for some seconds. Raises SessionRefused, ConnectionLost."""
-        from provisioning.retries import stamina
+        try:
+            return self._open_once(window, timeout)
+        except SessionRefused:
+            from provisioning.retries import stamina
 
-        for attempt in stamina.retry_context(
-            on=SessionRefused, attempts=None, timeout=REFUSED_SECONDS, wait_initial=0.02, wait_max=0.5, wait_jitter=0.02
-        ):  # fmt: skip
-            with attempt:
-                return self._open_once(window, timeout)
-        raise AssertionError("unreachable")
+            again = stamina.retry(on=SessionRefused, attempts=None, timeout=REFUSED_SECONDS, wait_initial=0.02, wait_max=0.5,
+                                  wait_jitter=0.02)  # fmt: skip
+            return again(self._open_once)(window, timeout)
 
     def _open_once(self, window: int | None, timeout: float) -> paramiko.Channel:
         import paramiko

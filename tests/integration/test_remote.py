@@ -326,6 +326,37 @@ def test_what_a_channel_says_after_its_end_is_not_sent(any_node: Node) -> None:
         assert remote.connections == 1
 
 
+def test_a_refused_session_is_asked_for_again_and_ends_no_connection(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """sshd has not noticed yet that the commands before have ended; paramiko has two errors for that."""
+    import paramiko
+
+    with node.remote() as remote:
+        link = remote._connected()
+        really = link.transport.open_session
+        refusals = [
+            paramiko.SSHException("Unable to open channel."),
+            paramiko.ChannelException(2, "Connect failed"),
+        ]
+
+        def open_session(**options: object) -> paramiko.Channel:
+            if refusals:
+                raise refusals.pop()
+            return really(**options)
+
+        monkeypatch.setattr(link.transport, "open_session", open_session)
+        link.open_channel(None, 10).close()
+        assert refusals == []
+        monkeypatch.setattr(connection, "REFUSED_SECONDS", 0.1)
+        refusals += [paramiko.ChannelException(2, "Connect failed") for _ in range(100)]
+        with pytest.raises(connection.SessionRefused, match="refuses another session"):
+            link.open_channel(None, 10)
+        refusals.clear()
+        assert remote.run(["echo", "still here"]).text == "still here"
+        assert remote.connections == 1
+
+
 def test_closing_ends_nothing_on_the_node(node: Node) -> None:
     assert node.directory is not None
     remote = node.remote()
