@@ -125,13 +125,19 @@ def poison(monkeypatch: pytest.MonkeyPatch, bad: set[int]) -> None:
     monkeypatch.setattr(loop, "_one_step", one_step)
 
 
-def run_trainer(*arguments: str, killed: tuple[str, int] | None = None) -> subprocess.CompletedProcess[str]:
-    """The trainer in a process of its own, as on a node; `killed`: an instant of tests.trainer.killed, and which occurrence of it is fatal."""
+def run_trainer(
+    *arguments: str, killed: tuple[str, int] | None = None, ranks: int = 1
+) -> subprocess.CompletedProcess[str]:
+    """The trainer in a process of its own, as on a node, or in several under torchrun; `killed`: an instant of tests.trainer.killed, and
+    which occurrence of it is fatal, to the last rank."""
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    )
     module = ["tests.trainer.killed", killed[0], str(killed[1])] if killed is not None else ["trainer"]
     environment = {
-        **os.environ, "OMP_NUM_THREADS": "1",
+        **os.environ, "OMP_NUM_THREADS": "1", "KILL_RANK": str(ranks - 1),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }  # fmt: skip
     return subprocess.run(
-        [sys.executable, "-m", *module, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False,
+        [sys.executable, *launcher, "-m", *module, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip

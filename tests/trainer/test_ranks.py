@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.trainer.conftest import losses, records, status
+from tests.trainer.conftest import losses, records, run_trainer, status
 from trainer import checkpoint, loop, manifest
 
-ROOT = Path(__file__).resolve().parents[2]
 MakeConfig = Callable[..., Path]
 pytestmark = pytest.mark.slow
 
@@ -22,13 +19,8 @@ pytestmark = pytest.mark.slow
 def torchrun(
     config: Path, out: Path, *, resume: bool = False, killed: tuple[str, int] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    module = ["trainer"] if killed is None else ["tests.trainer.killed", killed[0], str(killed[1])]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", *module,
-               "train", "--config", str(config), "--out", str(out), *(["--resume"] if resume else [])]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "KILL_RANK": "1"}
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False
-    )
+    arguments = ["--config", str(config), "--out", str(out), *(["--resume"] if resume else [])]
+    return run_trainer("train", *arguments, killed=killed, ranks=2)
 
 
 def test_two_processes_equal_one_and_survive_a_kill(make_config: MakeConfig, tmp_path: Path) -> None:
