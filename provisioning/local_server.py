@@ -35,7 +35,7 @@ def run(directory: Path, introduction: Mapping[str, object]) -> str:
 
 
 def _load_asyncssh() -> None:
-    """asyncssh without a few ciphers that nobody needs on loopback: it searches their libraries with ldconfig, gcc and ld, a third
+    """asyncssh without a few ciphers that nobody needs on loopback: it searches their libraries with ldconfig, gcc and ld, a quarter
     of the time that it takes to load."""
     search = ctypes.util.find_library
     ctypes.util.find_library = lambda name: None  # noqa: ARG005 - the name is the signature's

@@ -112,9 +112,8 @@ class Muon:
 
     def reset(self) -> None:
         """Zero momentum for each matrix; called before the first update."""
-        self.state = {
-            parameter: {"momentum_buffer": torch.zeros_like(parameter)} for parameter in self.parameters
-        }
+        for parameter in self.parameters:
+            self.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
 
     @torch.no_grad()
     def update(self, lr: float, divisor: Tensor, skipped: Tensor) -> None:

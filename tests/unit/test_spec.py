@@ -379,9 +379,8 @@ KEYS = [
 ]
 
 
-@example(
-    {"hardware.nodes": None, "train.microbatch_size": 0}
-)  # wrong in one place, and in another that divides by it
+# Wrong in one place, and in another that divides by it.
+@example({"hardware.nodes": None, "train.microbatch_size": 0})
 @settings(max_examples=150, deadline=None)
 @given(
     st.dictionaries(
