@@ -31,7 +31,7 @@ LOSSES = {"validation_loss": "validation_set", "test_loss": "test_set", "train_l
 """Loss columns, and the key that says on what; `train_set` is in rows but no column."""
 SETS = {**LOSSES, "hellaswag": "hellaswag_set", "judge_score": "judge_panel"}
 """Every column that means something only within a set: for a judge's score the panel of models that were graded together."""
-_TEXT = {
+TEXT = {
     "run",
     "name",
     "source",
@@ -45,6 +45,7 @@ _TEXT = {
     "judge_panel",
     "started",
 }
+"""Columns that are no figures."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,12 @@ def entry(
     summary: Mapping[str, Any], spec: Mapping[str, Any] | None = None, now: float | None = None
 ) -> Entry:
     """A stored run as an entry; what a broken or unfinished record lacks is None."""
-    tokens = _number(summary.get("tokens"))
+    tokens = number(summary.get("tokens"))
     cost = _cost(summary, now)
-    training = _number(summary.get("training_seconds"))
-    billed = _number(summary.get("billed_seconds"))
-    micro = _number(summary.get("training_micro_usd"))
-    row: Row = {key: summary.get(key) if key in _TEXT else _number(summary.get(key)) for key in COLUMNS}
+    training = number(summary.get("training_seconds"))
+    billed = number(summary.get("billed_seconds"))
+    micro = number(summary.get("training_micro_usd"))
+    row: Row = {key: summary.get(key) if key in TEXT else number(summary.get(key)) for key in COLUMNS}
     row |= {
         "source": "run",
         "training_hours": training / 3600 if training is not None else None,
@@ -81,7 +82,7 @@ def entry(
     losses = {
         str(item.get("name")): loss
         for item in evaluations
-        if item.get("kind") == "test_set" and (loss := _number(item.get("loss"))) is not None
+        if item.get("kind") == "test_set" and (loss := number(item.get("loss"))) is not None
     }
     row |= _latest(evaluations)
     facts = {key: summary.get(key) for key in ("region", "seed", "world_size", "versions", "epochs", "best_step", "memory_gib", "reason")}  # fmt: skip
@@ -95,11 +96,11 @@ def _latest(evaluations: Sequence[Mapping[str, Any]]) -> Row:
     for item in evaluations:
         if item.get("kind") == "hellaswag":
             found |= {
-                "hellaswag": _number(item.get("accuracy_normalised")),
+                "hellaswag": number(item.get("accuracy_normalised")),
                 "hellaswag_set": item.get("name"),
             }
         if item.get("kind") == "judge":
-            found |= {"judge_score": _number(item.get("score")), "judge_panel": item.get("name")}
+            found |= {"judge_score": number(item.get("score")), "judge_panel": item.get("name")}
     return found
 
 
@@ -176,7 +177,7 @@ def sort_rows(items: Iterable[Row], key: str, *, descending: bool = False) -> li
     missing: list[Row] = []
     for item in items:
         value = item.get(key)
-        there = isinstance(value, str) if key in _TEXT else _number(value) is not None
+        there = isinstance(value, str) if key in TEXT else number(value) is not None
         (known if there else missing).append(item)
     known.sort(key=lambda item: item[key], reverse=descending)
     of = SETS.get(key)
@@ -193,7 +194,7 @@ def totals(items: Sequence[Row]) -> dict[str, Any]:
     own = [item for item in items if item["source"] == "run"]
     sums: dict[str, Any] = {"runs": len(own)}
     for key in ("cost_usd", "training_usd", "billed_hours", "training_hours", "tokens"):
-        values = [value for item in own if (value := _number(item.get(key))) is not None]
+        values = [value for item in own if (value := number(item.get(key))) is not None]
         sums[key] = math.fsum(values) if values else None
     return sums
 
@@ -208,8 +209,8 @@ def pareto(items: Sequence[Row], cost: Literal["cost_usd", "billed_hours", "trai
     points = [
         (float(item[cost]), float(item[loss]), index)
         for index, item in enumerate(items)
-        if _number(item.get(cost)) is not None
-        and _number(item.get(loss)) is not None
+        if number(item.get(cost)) is not None
+        and number(item.get(loss)) is not None
         and item.get("tokens") != 0
     ]
     for _, value, index in sorted(points):
@@ -240,7 +241,7 @@ def noise(entries: Sequence[Entry], loss: str, of: str | None, given: float | No
     groups: dict[str, list[float]] = {}
     own = [item for item in entries if item.spec is not None]
     for item, row in zip(own, rows(own, of if loss == "test_loss" else None), strict=True):
-        value = _number(row.get(loss))
+        value = number(row.get(loss))
         if item.spec is not None and value is not None and row.get(LOSSES[loss]) == of:
             groups.setdefault(_but_seed(item.spec), []).append(value)
     repeated = [values for values in groups.values() if len(values) > 1]
@@ -262,13 +263,13 @@ def as_good_as_best(items: Sequence[Row], loss: str, noises: Mapping[str | None,
     of = LOSSES[loss]
     best: dict[Any, float] = {}
     for item in items:
-        value = _number(item.get(loss))
+        value = number(item.get(loss))
         if value is not None:
             name = item.get(of)
             best[name] = min(value, best.get(name, math.inf))
     result = []
     for index, item in enumerate(items):
-        value, name = _number(item.get(loss)), item.get(of)
+        value, name = number(item.get(loss)), item.get(of)
         sigma = noises[name].sigma if name in noises else 0.0
         if value is not None and within_noise(value, best[name], sigma):
             result.append(index)
@@ -297,11 +298,11 @@ def grouped(entries: Sequence[Entry], key: str, test_set: str | None = None) -> 
 def _averages(members: Sequence[Row], key: str) -> Row:
     result: Row = {}
     for column in COLUMNS:
-        if column in _TEXT or column == key:
+        if column in TEXT or column == key:
             continue
-        values = [value for row in members if (value := _number(row.get(column))) is not None]
+        values = [value for row in members if (value := number(row.get(column))) is not None]
         of = SETS.get(column)
-        sets = {row.get(of) for row in members if _number(row.get(column)) is not None} if of else set()
+        sets = {row.get(of) for row in members if number(row.get(column)) is not None} if of else set()
         if len(sets) > 1:
             values = []
         elif of in COLUMNS:
@@ -321,70 +322,6 @@ def _but_seed(spec: Mapping[str, Any]) -> str:
     )
 
 
-# ---------------------------------------------------------------- two runs
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One thing in which two runs differ."""
-
-    part: Literal["spec", "hardware", "versions", "result"]
-    key: str
-    left: Any
-    right: Any
-    note: str = ""
-    """For results: by how much; or why they cannot be compared."""
-
-
-def diff(
-    left: Entry, right: Entry, test_set: str | None = None, sigmas: Mapping[str, float] | None = None
-) -> list[Difference]:
-    """What differs between two runs: in spec, hardware and versions, and then in result; `sigmas` is the noise of each
-    loss column, as far as it is known."""
-    found = _changes("spec", flat(left.spec or {}), flat(right.spec or {}))
-    hardware = ("provider", "instance_type", "gpu", "gpus", "microbatch_size")
-    found += _changes(
-        "hardware", {key: left.row[key] for key in hardware}, {key: right.row[key] for key in hardware}
-    )
-    places = ("region", "world_size")
-    found += _changes(
-        "hardware",
-        {key: left.facts.get(key) for key in places},
-        {key: right.facts.get(key) for key in places},
-    )
-    found += _changes("versions", left.facts.get("versions") or {}, right.facts.get("versions") or {})
-    common = test_set or next((name for name in left.test_losses if name in right.test_losses), None)
-    one, other = rows([left], common)[0], rows([right], common)[0]
-    for key in COLUMNS:
-        if key in _TEXT or key in {"gpus", "microbatch_size"} or one[key] == other[key]:
-            continue
-        found.append(
-            Difference("result", key, one[key], other[key], _note(key, one, other, (sigmas or {}).get(key)))
-        )
-    return found
-
-
-def _changes(part: Literal["spec", "hardware", "versions"], left: Mapping[str, Any], right: Mapping[str, Any]) -> list[Difference]:  # fmt: skip
-    keys = [*left, *(key for key in right if key not in left)]
-    return [
-        Difference(part, key, left.get(key), right.get(key))
-        for key in keys
-        if left.get(key) != right.get(key)
-    ]
-
-
-def _note(key: str, one: Row, other: Row, sigma: float | None) -> str:
-    left, right, of = _number(one[key]), _number(other[key]), SETS.get(key)
-    if left is None or right is None:
-        return ""
-    if of and one.get(of) != other.get(of):
-        return "not comparable: measured on different sets"
-    change = f"{right - left:+.4f}" if key in LOSSES else f"{right / left - 1:+.1%}" if left else ""
-    if key in LOSSES and sigma is not None:
-        change += " (within noise)" if within_noise(left, right, sigma) else ""
-    return change
-
-
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as dotted keys; lists stay whole."""
     result: dict[str, Any] = {}
@@ -396,7 +333,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
-def _number(value: Any) -> float | None:
+def number(value: Any) -> float | None:
     """A finite number; None for anything else."""
     if type(value) is float:
         return value if math.isfinite(value) else None

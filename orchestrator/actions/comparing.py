@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from orchestrator.errors import Invalid, NoSuchRun, Usage
 from runs import compare
+from runs.difference import diff
 from runs.store import Store
 
 WITH_SPECS = 1000
@@ -193,7 +194,7 @@ def difference(store: Store, ask: Ask) -> list[dict[str, Any]]:
     }
     known = {loss: compare.noise(everything, loss, name, ask.sigma) for loss, name in sets.items() if name}
     sigmas = {loss: one.sigma for loss, one in known.items() if one is not None}
-    found = compare.diff(left, right, wanted, sigmas)
+    found = diff(left, right, wanted, sigmas)
     return [
         {
             "part": item.part,

@@ -15,7 +15,6 @@ from runs.compare import (
     Entry,
     Noise,
     as_good_as_best,
-    diff,
     entry,
     grouped,
     noise,
@@ -26,6 +25,7 @@ from runs.compare import (
     totals,
     within_noise,
 )
+from runs.difference import diff
 
 
 def summary(name: str = "a", **changes: Any) -> dict[str, Any]:
