@@ -137,12 +137,15 @@ class Cli:
         return mine
 
     def running(self, word: str) -> list[psutil.Process]:
-        """The living processes of this home whose command line has the argument `word`."""
-        found = []
+        """The living processes of this home whose command line has the argument `word`. Not what one of them has forked and what will
+        be another program in a moment: it still has its parent's."""
+        found = {}
         for process in self.processes():
             with suppress(psutil.NoSuchProcess):
-                found += [process] if word in process.cmdline() else []
-        return found
+                if word in process.cmdline():
+                    found[process] = process.ppid()
+        pids = {process.pid for process in found}
+        return [process for process, parent in found.items() if parent not in pids]
 
     def left(self, patience: float = 20) -> list[str]:
         """The command lines of what still lives after `patience` seconds; a driver that has just finished is given that."""
