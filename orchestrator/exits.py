@@ -64,9 +64,10 @@ def exit_code_of(run: RunRecord) -> int:
 
 
 def may_still_bill(run: RunRecord) -> bool:
-    """A node was asked to end and nothing has confirmed it; or the run is over and a node that nobody keeps is not."""
+    """A node was asked to end and nothing has confirmed it; or the run is over and a node that nobody keeps (any more) is not."""
     for node in run.owned:
-        if not node.settled and (node.terminate_tries > 0 or (run.outcome is not None and not node.kept)):
+        kept = node.kept and node.key not in run.release_requested
+        if not node.settled and (node.terminate_tries > 0 or (run.outcome is not None and not kept)):
             return True
     return False
 

@@ -72,9 +72,11 @@ def follow(
     ranks: int | None = 0,
     revive: bool = True,
     stop: threading.Event | None = None,
+    released: bool = False,
     keep_going: Callable[[dict[str, Any]], bool] | None = None,
 ) -> Iterator[Heard]:
-    """What happens to `run`, until it has ended and its log is drained, or `keep_going(row)` says no.
+    """What happens to `run`, until it has ended and its log is drained, or `keep_going(row)` says no; with `released`, until
+    no node is left to it either, a kept one included.
 
     `ranks`: see `logs.open_log`. With `revive`, a live run without a driver gets one. Ends early, after a Note, when a termination stays unconfirmed.
     """
@@ -102,7 +104,8 @@ def follow(
             if current != shown:
                 yield Row(*current)
                 shown = current
-            if over or (keep_going is not None and not keep_going(row)):
+            held = released and any(node["unsettled"] for node in row["nodes"])
+            if (over and not held) or (keep_going is not None and not keep_going(row)):
                 return
             unconfirmed = any(node["terminate_unconfirmed"] for node in row["nodes"])
             unconfirmed_since = (unconfirmed_since or clock.monotonic()) if unconfirmed else None

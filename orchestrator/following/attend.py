@@ -19,15 +19,19 @@ from runs.store import Store
 
 def attend(
     home: Path, run: str, clock: Clock, screen: Screen, *, lines: int | None = None, ranks: int | None = 0, cancels: bool = False,
-    keep_going: Callable[[dict[str, Any]], bool] | None = None,
+    released: bool = False, keep_going: Callable[[dict[str, Any]], bool] | None = None,
 ) -> int:  # fmt: skip
-    """Follow `run` until it is over; the exit code of what it came to.
+    """Follow `run` until it is over, with `released` until its nodes are gone too; the exit code of what it came to.
 
     Ctrl-C ends the following and not the run, says so, and returns 101. With `cancels` (a launch) it cancels the run as
     long as nothing was rented, and returns 130.
     """
     try:
-        screen.play(follow.follow(home, run, clock, lines=lines, ranks=ranks, keep_going=keep_going))
+        screen.play(
+            follow.follow(
+                home, run, clock, lines=lines, ranks=ranks, released=released, keep_going=keep_going
+            )
+        )
     except KeyboardInterrupt:
         return _interrupted(home, run, clock, cancels=cancels)
     store = Store(home)

@@ -29,7 +29,7 @@ def stop(store: Store, run: RunRecord, clock: Clock, *, now: bool, as_json: bool
     if not over:
         requests.stop(store, run, clock, now=now)
         watch = requests.taker(store.home, run.run, clock) if now else None
-        code = attend.attend(store.home, run.run, clock, Screen(log=False), keep_going=watch)
+        code = attend.attend(store.home, run.run, clock, Screen(log=False), released=True, keep_going=watch)
     after = store.record(run.run) or run
     for node in after.nodes:
         if node.run != run.run and not node.settled:

@@ -82,4 +82,6 @@ def test_a_node_of_another_kind_is_refused(cli: Cli) -> None:
     (cli.home / "other.yaml").write_text(other)
     assert "asks for ssh" in cli.run("launch", "other.yaml", "--on", first, code=3).stderr
     cli.run("stop", first)
+    (node,) = cli.row(first)["nodes"]
+    assert node["status"] == "gone", "`stop` ends when that is confirmed"
     assert "is gone" in cli.run("launch", "keep.yaml", "--on", first, code=5).stderr
