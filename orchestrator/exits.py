@@ -66,8 +66,8 @@ def exit_code_of(run: RunRecord) -> int:
 def may_still_bill(run: RunRecord) -> bool:
     """A node was asked to end and nothing has confirmed it; or the run is over and a node that nobody keeps (any more) is not."""
     for node in run.owned:
-        kept = node.kept and node.key not in run.release_requested
-        if not node.settled and (node.terminate_tries > 0 or (run.outcome is not None and not kept)):
+        left = run.outcome is not None and not run.keeps(node)
+        if not node.settled and (node.terminate_tries > 0 or left):
             return True
     return False
 

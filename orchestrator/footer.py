@@ -75,7 +75,7 @@ def unconfirmed(row: dict[str, Any], node: dict[str, Any], *, driven: bool) -> b
         return False
     if node["terminate_unconfirmed"]:
         return bool(node["terminate_tries"] > 1 or not driven)
-    return row["state"] not in LIVE
+    return row["state"] not in LIVE and not driven
 
 
 def needs_driver(row: dict[str, Any]) -> bool:

@@ -262,6 +262,10 @@ class RunRecord(Fact):
         """The node of that key, None while its intent is not written."""
         return next((node for node in self.nodes if node.key == key), None)
 
+    def keeps(self, node: NodeRecord) -> bool:
+        """The node is kept beyond the run, and nobody has asked for its end: neither of the node nor of the run itself."""
+        return node.kept and self.stop is None and node.key not in self.release_requested
+
     def attempt_nodes(self) -> Iterator[NodeRecord]:
         """The nodes of the open attempt that were intended so far."""
         keys = self.attempt.keys if self.attempt else ()

@@ -187,7 +187,7 @@ class Store(Rows):
                 raise NotYours(f"{node.key} serves {node.run} now")
             return
         former = runs.get(node.run) or self._bare(node.run)
-        if not (node.kept and node.alive) or (former is not None and node.key in former.release_requested):
+        if not (node.kept and node.alive) or (former is not None and not former.keeps(node)):
             raise NotYours(f"{node.key} is not kept any more")
         if former is None or former.live:
             raise NotYours(f"{node.key} is busy: {node.run} has not ended")

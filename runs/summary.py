@@ -106,7 +106,7 @@ def _node(run: RunRecord, node: NodeRecord, now: datetime) -> dict[str, Any]:
         "usd_per_hour": usd(rate),
         "unsettled": mine and not node.settled,
         "unguarded": node.unguarded,
-        "kept": mine and node.kept,
+        "kept": mine and run.keeps(node),
         "kept_until": _iso(node.kept_until) if mine else None,
         "billing_from": whole.start.timestamp()
         if whole and bill and not bill.final and not node.settled

@@ -55,7 +55,7 @@ def unavailable(store: Store, node: NodeRecord) -> str | None:
     if node.kept_until is not None and utcnow() >= node.kept_until:
         return f"{node.key} was kept until {node.kept_until:%Y-%m-%d %H:%M} UTC, and is being ended"
     record = store.record(node.run)
-    if record is not None and node.key in record.release_requested:
+    if record is not None and not record.keeps(node):
         return f"{node.key} is being released, as `llmctl stop {node.run}` asked"
     return None
 

@@ -105,8 +105,11 @@ def stop(store: Store, run: RunRecord, clock: Clock, *, now: bool) -> None:
     if run.live and (run.stop is None or (now and run.stop.checkpoint)):
         request = e.StopRequested(at=clock.now(), reason="user", checkpoint=not now)
         store.commit([(e.run_stream(run.run), request)])
+        run = (
+            store.record(run.run) or run
+        )  # it may have ended first, and kept a node: then there is nothing to stop
     for node in run.owned:
-        if node.kept and not node.settled and node.key not in run.release_requested:
+        if run.keeps(node) and not node.settled:
             store.commit([(e.run_stream(run.run), e.ReleaseRequested(at=clock.now(), key=node.key))])
     ensure_driver(store, run.run, clock, force_silent=now)
 

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 
 def stop(store: Store, run: RunRecord, clock: Clock, *, now: bool, as_json: bool) -> int:
-    """Stop `run` and follow it until its nodes are gone: 0 then, 8 where that is not confirmed, 101 after Ctrl-C."""
+    """Stop `run` and follow it until its nodes are gone: 0 then, 8 where that is not confirmed (also after
+    Ctrl-C), 101 where Ctrl-C came before the run had ended."""
     over = run.outcome is not None and all(node.settled for node in run.owned)
     if not over:
         requests.stop(store, run, clock, now=now)

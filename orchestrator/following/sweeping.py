@@ -228,10 +228,12 @@ class Driving:
 
     def _attend(self, member: Member) -> None:
         """A run that has something left to do and no driver gets one, within bounds."""
-        kept_on = all(node.settled or (node.kept and node.kept_until is None) for node in member.record.owned)
-        if member.record.live or not kept_on:
-            run = member.record.run
-            self._starts.setdefault(run, Starts(self.store.home, run, self._clock)).ensure()
+        record = member.record
+        kept_on = all(
+            node.settled or (record.keeps(node) and node.kept_until is None) for node in record.owned
+        )
+        if record.live or not kept_on:
+            self._starts.setdefault(record.run, Starts(self.store.home, record.run, self._clock)).ensure()
 
     def _tell(self, member: Member) -> None:
         """A line on stderr whenever the state of a run changed."""
@@ -278,8 +280,7 @@ class Driving:
                 continue
             for node in member.record.owned:
                 soon = node.kept_until is not None and node.kept_until - self._clock.now() < SPARE
-                asked = node.key in wanted or node.key in member.record.release_requested
-                if node.kept and node.alive and not soon and not asked:
+                if member.record.keeps(node) and node.alive and not soon and node.key not in wanted:
                     yield node
 
     def _limit(self, left: Sequence[sweeps.Point], members: Sequence[Member]) -> int | None:
@@ -295,9 +296,7 @@ class Driving:
     def _release(self, members: Sequence[Member]) -> None:
         """Nothing is left to be made: whoever keeps a node is asked to let it go."""
         for member in members:
-            if any(
-                node.kept and node.key not in member.record.release_requested for node in member.record.owned
-            ):
+            if any(map(member.record.keeps, member.record.owned)):
                 requests.stop(self.store, member.record, self._clock, now=False)
 
 

@@ -126,7 +126,7 @@ def _unwanted(run: RunRecord, world: w.World, now: datetime) -> w.Effect | w.Wai
             continue
         if not node.kept:
             return w.Terminate(node.key, "unwanted")
-        if node.key in run.release_requested or (node.kept_until is not None and now >= node.kept_until):
+        if not run.keeps(node) or (node.kept_until is not None and now >= node.kept_until):
             look = world.look(now, FRESH.total_seconds(), f"whether {node.key} is still there")
             return look if isinstance(look, w.Look) else w.Terminate(node.key, "no longer kept")
         if node.kept_until is not None:
@@ -378,15 +378,16 @@ def _collect(
 
 
 def _close(run: RunRecord, nodes: list[NodeRecord], reason: str, now: datetime) -> w.Effect | None:
-    """Release each node of the attempt (or keep it), then end the attempt."""
+    """Release each node of the attempt (or keep it, where nobody asked for the end), then end the attempt."""
     policy = run.spec["node"]["on_finish"]
+    keep = reason == "succeeded" and run.stop is None
     for node in nodes:
         if node.settled or node.kept or not node.alive:
             continue
         until = (
             None if policy in {"keep", "terminate"} else terms.kept_until(run, now, parse_duration(policy))
         )
-        if reason == "succeeded" and (policy == "keep" or (until is not None and until > now)):
+        if keep and (policy == "keep" or (until is not None and until > now)):
             return w.Keep(node.key, until)
         return w.Terminate(node.key, reason)
     if all(node.settled or node.kept for node in nodes):

@@ -28,7 +28,7 @@ _REPLACE = frozenset({"node-lost", "trainer-interrupted", "trainer-lost"})
 
 def between(run: RunRecord, world: w.World, now: datetime) -> w.Effect | w.Wait | None:
     """No attempt is open: the verdict, or the next offer."""
-    if any(not node.settled and not node.kept for node in run.owned):
+    if any(not node.settled and not run.keeps(node) for node in run.owned):
         return None  # its own rule is at work on it, and nothing new is rented meanwhile
     verdict = _verdict(run, now)
     if verdict is not None:

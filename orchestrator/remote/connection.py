@@ -4,6 +4,7 @@
     ├── NodeUnreachable      6: no connection: refused, silent, no such name, not SSH
     │   ├── LoginRefused     6: it answers and does not admit this key (a node that boots does so for a while)
     │   └── ConnectionLost   6: the link broke under a command; whether the command ran is unknown
+    ├── SessionRefused       6: it takes no further session, though the connection lives
     ├── HostKeyMismatch      6: something else answers at the node's address, or nothing was pinned
     ├── CommandFailed        1: the command ran and failed: `result`
     │   └── NoSuchFile       1: the file to be read is not there
@@ -216,12 +217,12 @@ class Link:
     def _open_once(self, window: int | None, timeout: float) -> paramiko.Channel:
         import paramiko
 
-        began = time.monotonic()
+        began = time.time()  # as paramiko's time-out: it goes on while this machine sleeps
         try:
             return self.transport.open_session(window_size=window, timeout=timeout)
         except (paramiko.SSHException, EOFError, OSError) as error:
             # Of two refusals at once paramiko calls one a ChannelException; the other is an SSHException as any other.
-            if self.transport.is_active() and time.monotonic() - began < timeout:
+            if self.transport.is_active() and time.time() - began < timeout:
                 raise SessionRefused(f"{self.address.key} refuses another session: {error}") from error
             self.close()
             broken = lost(self.address, str(error) or type(error).__name__)

@@ -118,7 +118,7 @@ class Remote:
         """Run a command (a sequence: exactly these arguments; a string: a script for sh) and return what it left.
 
         `env` reaches the command without being seen in any process list. After `timeout` seconds its process group is
-        ended. Raises CommandFailed unless `check` is off, CommandTimeout, ConnectionLost, NodeUnreachable.
+        ended. Raises CommandFailed unless `check` is off, CommandTimeout, ConnectionLost, NodeUnreachable, SessionRefused.
         """
         deadline = time.monotonic() + timeout
         out, err = bytearray(), bytearray()

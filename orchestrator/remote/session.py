@@ -148,7 +148,8 @@ class Session:
         return bool(self._channel.status_event.is_set())
 
     def exit_code(self, timeout: float) -> int | None:
-        """The exit status, SIGNALLED where a signal ended the command, None while it is not known. Raises ConnectionLost."""
+        """The exit status, SIGNALLED where a signal ended the command, None while it is not known. Raises ConnectionLost,
+        SessionRefused."""
         if not self._channel.status_event.wait(timeout):
             self._check()
             return None

@@ -284,7 +284,7 @@ def alarm(run: RunRecord) -> str:
     names = [
         f"{node.marker.name} ({node.id or 'no id'})"
         for node in run.owned
-        if not node.settled and not node.kept
+        if not node.settled and not run.keeps(node)
     ]
     return (
         f"WARNING: MAY STILL BE BILLING: {', '.join(names)}. The provider does not confirm that it is gone; the driver goes on"

@@ -21,7 +21,7 @@ LIFE, EFFECTS, VERDICT = (
 )
 WORLD, TERMS = "orchestrator/life/world.py", "orchestrator/life/terms.py"
 FOLD, NODEFOLD, CHARGES = "runs/fold.py", "runs/nodefold.py", "runs/charges.py"
-STORE, LOCK = "runs/store.py", "runs/lock.py"
+STORE, LOCK, RECORD = "runs/store.py", "runs/lock.py", "runs/record.py"
 TEST_LIFE, TEST_EFFECTS = "tests/unit/test_life.py", "tests/unit/test_effects.py"
 TEST_CLAIMS = "tests/unit/test_claims.py"
 
@@ -149,6 +149,11 @@ BUGS = (
         "a kept node is kept for ever",
         ((LIFE, "(node.kept_until is not None and now >= node.kept_until)", "node.kept_until == now"),),
         ("simulation", TEST_LIFE),
+    ),
+    Bug(
+        "a run that is asked to stop keeps its node all the same",
+        ((RECORD, "return node.kept and self.stop is None and", "return node.kept and"),),
+        ("tests/simulation/test_simulation.py::test_a_stop_at_every_place", TEST_LIFE),
     ),
     Bug(
         "nobody looks at a node that trains",

@@ -190,6 +190,8 @@ class Schedule:
             fault = self._crashes.get((place, nth), Fault("crash", place, seconds=20.0))
             self.note(f"CRASH at {place} #{nth}, {fault.seconds} s away")
             raise Crash(fault.seconds)
+        if self.passages - 1 == self.plan.stop_at:
+            self._act(Fault("user", "stop"))
         self._maybe_claim()
 
     def fault(self, method: str) -> str | None:

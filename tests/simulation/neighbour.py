@@ -48,8 +48,9 @@ class Neighbour:
             late = machine.key in given_up and machine.alive(self.s.t)
             if late:
                 raise Broken(f"{machine.key} came late, and the neighbour let it live")
-        for node in self.s.record().owned:
-            if not node.settled and not node.kept:
+        run = self.s.record()
+        for node in run.owned:
+            if not node.settled and not run.keeps(node):
                 raise Broken(f"{node.key} came late, and nobody confirmed its end")
 
     def _drive(self, until: float) -> None:

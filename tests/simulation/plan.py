@@ -81,6 +81,8 @@ class Plan:
     """After the end another run's driver looks, before the own run's does."""
     crash_at: int | None = None
     """Crash at this passage, counted over all places: for going through them one by one."""
+    stop_at: int | None = None
+    """The user asks for the run's end at this passage."""
     claim_at: int | None = None
     """Another run wants the node that is kept, from this passage on after the first run's training began."""
     claim_finish: str = "terminate"

@@ -43,6 +43,24 @@ def test_crash_at_every_place(name: str) -> None:
     assert places > 60
 
 
+def test_a_stop_at_every_place() -> None:
+    """The user may ask for the end between any two steps of a driver that is to keep its node: asked in time, it keeps none."""
+    plan = Plan(7, steps=10, every=5, boot_seconds=0.0, on_finish="keep")
+    succeeded = 0
+    with ground() as shared:
+        place = 0
+        while True:
+            schedule = Schedule(replace(plan, stop_at=place), shared)
+            schedule.go()
+            run = schedule.record()
+            succeeded += run.outcome == "succeeded" and run.stop is not None
+            place += 1
+            if place > schedule.passages:
+                break
+    assert place > 60
+    assert succeeded > 10, "the trainer had finished as the user asked"
+
+
 def test_a_claim_at_every_place() -> None:
     """Another run may want the node between any two steps of the driver that keeps it: one of them has it, and one pays."""
     plan = Plan(7, steps=10, every=5, boot_seconds=0.0, on_finish="3m")

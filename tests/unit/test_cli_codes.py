@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator import cli, errors, exits
+from orchestrator.render.show import alarm
 from provisioning.base import Ambiguous, CredentialsError, InvalidHardware, NoCapacity, Unavailable
 from provisioning.keys import KeyFileError
 from runs import events as e
@@ -106,6 +107,9 @@ def test_a_node_that_is_left_after_the_end_may_bill_and_a_kept_one_is_kept(tmp_p
     assert exits.exit_code_of(left.record) == 8
     kept = Seed(tmp_path / "kept").rented().trained().tell(e.NodeKept(at=at(260), until=None)).ended()
     assert exits.exit_code_of(kept.record) == 0
+    kept.tell(e.ReleaseRequested(at=at(270), key=kept.key))
+    assert exits.exit_code_of(kept.record) == 8
+    assert kept.record.nodes[0].marker.name in alarm(kept.record)
 
 
 @pytest.mark.parametrize(

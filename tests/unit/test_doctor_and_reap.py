@@ -79,6 +79,8 @@ def test_a_kept_node_stays_until_its_time(tmp_path: Path) -> None:
     assert judge(seed, facts()) is None
     late = Seed(tmp_path / "late").rented().tell(e.NodeKept(at=at(100), until=at(200))).ended()
     assert judge(late, facts()) == "no live run has it"
+    seed.tell(e.ReleaseRequested(at=at(300), key=seed.key))
+    assert judge(seed, facts()) == "no live run has it", "its end is asked for, and its driver may be dead"
 
 
 def test_nodes_without_a_run_here() -> None:

@@ -9,14 +9,14 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from orchestrator.actions import follow
+from orchestrator.actions import follow, requests
 from orchestrator.actions.requests import SILENT_SECONDS, silent_seconds
 from orchestrator.clock import SystemClock
 from orchestrator.driver.loop import take_over, write_heartbeat
 from orchestrator.driver.main import patient
 from orchestrator.driver.process import driver_alive
 from runs import events as e
-from runs.lock import ProcessId, boot_id
+from runs.lock import Lock, ProcessId, boot_id, driver_lock
 from runs.store import Store
 from tests.seeds import Seed
 from tests.simulation.builders import RUN, Story, at
@@ -108,3 +108,13 @@ def test_who_takes_over_ends_the_old_driver_first(tmp_path: Path) -> None:
     finally:
         old.kill()
         old.wait()
+
+
+def test_stop_lets_go_of_what_a_run_kept_that_ended_as_it_was_asked(tmp_path: Path) -> None:
+    seed = Seed(tmp_path).rented().trained()
+    before = seed.record
+    seed.tell(e.NodeKept(at=at(260), until=None)).ended()
+    with Lock(driver_lock(seed.directory)):  # a driver lives
+        requests.stop(seed.store, before, SystemClock(), now=False)
+    assert seed.record.stop is None, "there was nothing to stop"
+    assert seed.record.release_requested == {seed.key}

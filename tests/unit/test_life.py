@@ -254,6 +254,22 @@ def test_a_kept_node_stays_until_its_time_or_a_request() -> None:
     assert forever.decide(forever.looks()) == w.Terminate(KEY, "no longer kept")
 
 
+def test_a_run_that_is_asked_to_stop_keeps_nothing_even_if_it_succeeds_first() -> None:
+    """`stop` means that the nodes go, whenever it comes: before the node is kept, or between that and the verdict."""
+    story = Story(on_finish="keep").training().seen(100, here=True).after(60).ended("finished").after(1)
+    world = story.trains("ended", job=_job(story, "done"))
+    assert story.decide(world) == w.Keep(KEY, None)
+    late = Story(on_finish="keep").training().seen(100, here=True).after(60).ended("finished").after(1)
+    late.tell(e.NodeKept(at=late.now))
+    for item in (story, late):
+        item.tell(e.StopRequested(at=item.now, reason="user"))
+    assert story.decide(world) == w.Terminate(KEY, "succeeded")
+    late.attempt_ended("succeeded")
+    assert late.decide(late.looks()) == w.Terminate(KEY, "no longer kept")
+    late.terminated().after(1)
+    assert late.decide(late.looks()) == w.Confirm(KEY), "no verdict before its end is confirmed"
+
+
 def test_a_kept_node_that_died_is_declared_gone() -> None:
     story = (
         Story()

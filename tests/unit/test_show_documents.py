@@ -10,6 +10,7 @@ from orchestrator import footer
 from orchestrator.actions import show
 from provisioning import console_of
 from runs import events as e
+from runs.lock import Lock, driver_lock
 from tests.seeds import Seed, at
 
 STATUS = {"run", "name", "state", "reason", "provider", "instance_type", "nodes", "step", "steps", "loss", "validation_loss",
@@ -116,3 +117,13 @@ def test_the_footer_shouts_for_an_end_that_nobody_confirmed_until_it_is(tmp_path
 def test_a_node_kept_for_good_needs_no_driver_and_still_shows_its_price(tmp_path: Path) -> None:
     seed = Seed(tmp_path).rented().trained().tell(e.NodeKept(at=at(260), until=None)).ended()
     assert footer.lines(tmp_path, seed.store.concerning()) == ["1 node billing, $36.00/h"]
+
+
+def test_a_kept_node_that_is_to_go_is_shouted_for_unless_a_driver_is_at_it(tmp_path: Path) -> None:
+    seed = Seed(tmp_path).rented().trained().tell(e.NodeKept(at=at(260), until=None)).ended()
+    seed.tell(e.ReleaseRequested(at=at(270), key=seed.key))
+    _, named, undriven = footer.lines(tmp_path, seed.store.concerning())
+    assert "MAY STILL BE BILLING" in named and seed.key in named
+    assert "has no driver" in undriven
+    with Lock(driver_lock(seed.directory)):
+        assert footer.lines(tmp_path, seed.store.concerning()) == ["1 node billing, $36.00/h"]
