@@ -17,6 +17,10 @@ from runs.rows import MICRO
 from runs.store import Store
 
 
+CANCEL_SECONDS = 20.0
+"""How long a cancelled launch waits for its driver, which may be asking the provider just now, to end the run."""
+
+
 def attend(
     home: Path, run: str, clock: Clock, screen: Screen, *, lines: int | None = None, ranks: int | None = 0, cancels: bool = False,
     released: bool = False, keep_going: Callable[[dict[str, Any]], bool] | None = None,
@@ -51,9 +55,7 @@ def _interrupted(home: Path, run: str, clock: Clock, *, cancels: bool) -> int:
         if record.outcome is not None:
             return exits.exit_code_of(record)
         if cancels and not requests.rented(record):
-            requests.cancel(store, run, clock)
-            sys.stderr.write(f"\ncancelled {run}: nothing was rented\n")
-            return exits.INTERRUPTED
+            return _cancel(store, run, clock)
         rate = charges.rate(record) / MICRO
     finally:
         store.close()
@@ -66,3 +68,19 @@ def _interrupted(home: Path, run: str, clock: Clock, *, cancels: bool) -> int:
     )
     code = exits.exit_code_of(record)
     return code if code == exits.MAY_BILL else exits.UNFINISHED
+
+
+def _cancel(store: Store, run: str, clock: Clock) -> int:
+    """Cancel a launch and see it end: its driver may have rented in the same moment, and then that is what is told."""
+    requests.cancel(store, run, clock)
+    end = clock.monotonic() + CANCEL_SECONDS
+    for _ in follow.follow(store.home, run, clock, keep_going=lambda _: clock.monotonic() < end):
+        pass
+    record = store.record(run)
+    assert record is not None
+    if requests.rented(record):
+        sys.stderr.write(f"\ncancelled {run}: what was rented in the same moment is released\n")
+        return exits.exit_code_of(record)
+    late = "" if record.outcome is not None else "; its driver has yet to end it"
+    sys.stderr.write(f"\ncancelled {run}: nothing was rented{late}\n")
+    return exits.INTERRUPTED
