@@ -16,7 +16,6 @@ from runs import charges
 from runs.rows import MICRO
 from runs.store import Store
 
-
 CANCEL_SECONDS = 20.0
 """How long a cancelled launch waits for its driver, which may be asking the provider just now, to end the run."""
 
