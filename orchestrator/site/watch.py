@@ -192,6 +192,5 @@ class Watch:
                 for data in follow(self.remote, path, mirror.offset, stop=self._stop):
                     while data and not mirror.append(data) and not self._stop.is_set():
                         self._clock.wait(self._stop, 5.0)
-                    self._wake()
             except (RemoteError, OSError):  # OSError: this disk is full
                 self._clock.wait(self._stop, 2.0)
