@@ -108,7 +108,7 @@ class Cli:
             found = what()
             if found:
                 return found
-            time.sleep(max(0.1, time.monotonic() - began))
+            time.sleep(max(0.1, 2 * (time.monotonic() - began)))
         raise AssertionError(f"that did not happen within {patience:g} s\n{self.driver_log()}")
 
     def row(self, run: str) -> dict[str, Any]:

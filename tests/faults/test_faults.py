@@ -22,8 +22,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "case",
     [
         "driver-killed-after-launch:1",
-        "driver-killed-before-terminate:2",
-        "node-rebooted:1",
         "trainer-hangs:1",
         "full-disk-here:3",
     ],

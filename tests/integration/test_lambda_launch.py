@@ -108,7 +108,8 @@ def test_lost_answer_to_launch(rented: Make, kind: str) -> None:
     assert len(launches(cloud)) == 1
 
 
-@pytest.mark.parametrize("status", [429, harness(503)])
+@pytest.mark.harness  # in `make test`: a launch at the documented limits above, stricter ones in test_lambda_api.py
+@pytest.mark.parametrize("status", [429, 503])
 def test_storm(rented: Make, status: int) -> None:
     """Reads, launches and terminates are refused for a while, some after they have had their effect."""
     cloud, cli = rented()
@@ -232,6 +233,7 @@ def test_terminate_that_fails_five_times(rented: Make) -> None:
     honest(cloud, cli, run)
 
 
+@pytest.mark.harness  # in `make test`: one that lies for ever below, five failures and two lies in test_lambda_api.py
 def test_terminate_that_lies_once(rented: Make) -> None:
     """An accepted request is not believed: the instance is looked at, and asked for again."""
     cloud, cli = rented(terminate_lies=1)

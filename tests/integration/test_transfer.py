@@ -211,7 +211,8 @@ def test_only_what_changed_moves(node: Node, way: str, tmp_path: Path) -> None:
     changed = next(path for path in source.rglob("*") if path.is_file() and path.stat().st_size)
     with node.remote() as remote:
         transfer.push_tree(remote, source, "tree")
-        changed.write_bytes(changed.read_bytes()[:-1] + b"?")
+        content = changed.read_bytes()
+        changed.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         (source / "added").write_bytes(b"1")
         moved = transfer.push_tree(remote, source, "tree")
         assert moved.files_sent == 2
