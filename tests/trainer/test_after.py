@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.trainer import forks
 from tests.trainer.conftest import records, status
 from trainer import checkpoint, manifest
 from trainer.after import bases, classify, dpo, epochs, examples, finetune, lora, settings
@@ -76,13 +75,6 @@ def make(base: Path, tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return make
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
 
 
 def tune(module: Any, config: Path, out: Path, *more: str) -> int:
@@ -282,29 +274,11 @@ def test_the_loss_is_the_same_on_two_processes(make: Any, tmp_path: Path) -> Non
         name: make(kind, {"epochs": 2, "microbatch_size": 1, "patience": 9})
         for name, kind in (("finetune", "instruction"), ("dpo", "preference"))
     }
-    # What torchrun does, without a third process of its own; each of the two runs both scripts.
-    script = "import os, sys; from trainer.after import dpo, finetune\n"
-    for name, config in configs.items():
-        script += f"os.environ['MASTER_PORT'] = '{free_port()}'\n"
-        script += f"assert {name}.main(['--config', {str(config)!r}, '--out', {str(tmp_path / name)!r} + '-2']) == 0\n"
-    started = []
-    for rank in range(2):
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-               "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}  # fmt: skip
-        started.append(
-            subprocess.Popen(
-                [sys.executable, "-c", script],
-                env=env,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
     for name, module in scripts.items():
         assert tune(module, configs[name], tmp_path / f"{name}-1") == 0
-    for process in started:
-        told, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, told[-2000:]
+        words = ["--config", str(configs[name]), "--out", str(tmp_path / f"{name}-2")]
+        done = forks.run(f"trainer.after.{name}", words, tmp_path / f"{name}.log", ranks=2)
+        assert done.returncode == 0, done.stderr[-2000:]
     for name in scripts:
         for what, key in (("step", "loss"), ("validation", "validation_loss")):
             one, two = (

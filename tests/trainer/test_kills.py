@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.trainer.conftest import config_maker, losses, records, run_trainer
+from tests.trainer import forks
+from tests.trainer.conftest import config_maker, losses, records
 from trainer import checkpoint, loop, manifest
 
 MakeConfig = Callable[..., Path]
@@ -38,7 +39,8 @@ def uninterrupted(token_shards: dict[str, Path], tmp_path_factory: pytest.TempPa
 
 
 def run_killed(config: Path, out: Path, instant: str, count: int) -> None:
-    done = run_trainer("train", "--config", str(config), "--out", str(out), killed=(instant, count))
+    words = [instant, str(count), "train", "--config", str(config), "--out", str(out)]
+    done = forks.run("tests.trainer.killed", words, out.with_suffix(".log"))
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 

@@ -1,4 +1,4 @@
-"""Real processes under torchrun: two of them are one, and die and come back as one."""
+"""Two real processes are one, and die and come back as one, under torchrun. What torchrun has no part in is shown by forks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.trainer import forks
 from tests.trainer.conftest import losses, records, run_trainer, status
 from trainer import checkpoint, loop, manifest
 
@@ -21,6 +22,11 @@ def torchrun(
 ) -> subprocess.CompletedProcess[str]:
     arguments = ["--config", str(config), "--out", str(out), *(["--resume"] if resume else [])]
     return run_trainer("train", *arguments, killed=killed, ranks=2)
+
+
+def forked(config: Path, out: Path, *, resume: bool = False) -> subprocess.CompletedProcess[str]:
+    arguments = ["train", "--config", str(config), "--out", str(out), *(["--resume"] if resume else [])]
+    return forks.run("trainer", arguments, out.with_suffix(".log"), ranks=2)
 
 
 def test_two_processes_equal_one_and_survive_a_kill(make_config: MakeConfig, tmp_path: Path) -> None:
@@ -50,7 +56,7 @@ def test_another_world_size_sees_the_same_batches(make_config: MakeConfig, tmp_p
     config, longer = make_config(train={**changes, "steps": 12}), make_config(train={**changes, "steps": 16})
     moved, alone = tmp_path / "moved", tmp_path / "alone"
     assert loop.run(config, moved, resume=False) == 0
-    assert torchrun(longer, moved, resume=True).returncode == 0
+    assert forked(longer, moved, resume=True).returncode == 0
     line = records(moved, "resume")[0]
     assert (line["from_world_size"], line["world_size"]) == (1, 2)
     assert loop.run(longer, alone, resume=False) == 0
@@ -61,7 +67,7 @@ def test_sharded_training_equals_replicated(make_config: MakeConfig, tmp_path: P
     plain, sharded = tmp_path / "plain", tmp_path / "sharded"
     changes = {"microbatch_size": 2, "steps": 8}
     assert loop.run(make_config(train=changes), plain, resume=False) == 0
-    done = torchrun(make_config(train={**changes, "sharding": "fsdp"}), sharded)
+    done = forked(make_config(train={**changes, "sharding": "fsdp"}), sharded)
     assert done.returncode == 0, done.stderr
     assert losses(sharded) == pytest.approx(losses(plain), abs=5e-5)
     left, right = (
@@ -72,7 +78,7 @@ def test_sharded_training_equals_replicated(make_config: MakeConfig, tmp_path: P
         name: tensor.shape for name, tensor in right.items()
     }
     assert (
-        torchrun(
+        forked(
             make_config(train={**changes, "steps": 12, "schedule": "constant", "sharding": "fsdp"}),
             sharded,
             resume=True,
@@ -96,7 +102,7 @@ def test_a_refusal_on_another_rank_reaches_the_status(
         train={"microbatch_size": 4},
     )
     out = tmp_path / "out"
-    done = torchrun(config, out)
+    done = forked(config, out)
     assert done.returncode != 0
     assert status(out)["reason"] == "data"
     assert "token 250" in status(out)["message"]
