@@ -208,8 +208,13 @@ class Store(Rows):
         for run, bare in runs.items():
             mine = [nodes.get(node.key, node) for node in self._mine(run, bare, nodes)]
             views[run] = record = view(bare, tuple(mine))
-            values = (bare.name, bare.created_at.isoformat(), record.state, bare.live, bare.epoch)
             summary = self._summary(record, at)
+            if bare is self._runs.get(run):  # an event of a node alone
+                self._db.execute(
+                    "UPDATE runs SET state = ?, summary = ? WHERE run = ?", (record.state, summary, run)
+                )
+                continue
+            values = (bare.name, bare.created_at.isoformat(), record.state, bare.live, bare.epoch)
             self._db.execute(
                 "INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (run) DO UPDATE SET name=excluded.name,"
                 " state=excluded.state, live=excluded.live, epoch=excluded.epoch, record=excluded.record,"
@@ -276,7 +281,7 @@ class Store(Rows):
         return self._runs[run]
 
     def _node(self, key: str) -> NodeRecord | None:
-        return next(iter(self._parsed("key = ?", [key])), None)
+        return self._nodes.get(key) or next(iter(self._parsed("key = ?", [key])), None)
 
     def _parsed(self, where: str, values: Sequence[object]) -> list[NodeRecord]:
         """Node records, oldest intent first."""
