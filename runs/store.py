@@ -187,9 +187,9 @@ class Store(Rows):
                 raise NotYours(f"{node.key} serves {node.run} now")
             return
         former = runs.get(node.run) or self._bare(node.run)
-        if not (node.kept and node.alive) or (former is not None and not former.keeps(node)):
+        if former is None or not former.keeps(node):
             raise NotYours(f"{node.key} is not kept any more")
-        if former is None or former.live:
+        if former.live:
             raise NotYours(f"{node.key} is busy: {node.run} has not ended")
 
     def _write_rows(

@@ -114,8 +114,7 @@ def orphan(
     if facts.lease_end is not None and now >= facts.lease_end:
         return f"past its lease, which ended {facts.lease_end:%Y-%m-%d %H:%M} UTC"
     if mine:
-        kept = node is not None and run is not None and run.keeps(node)
-        if node is not None and kept and (node.kept_until is None or now < node.kept_until):
+        if node and run and run.keeps(node) and (node.kept_until is None or now < node.kept_until):
             return None
         return "no live run has it"
     return "of another owner" if foreign else None

@@ -105,11 +105,10 @@ def stop(store: Store, run: RunRecord, clock: Clock, *, now: bool) -> None:
     if run.live and (run.stop is None or (now and run.stop.checkpoint)):
         request = e.StopRequested(at=clock.now(), reason="user", checkpoint=not now)
         store.commit([(e.run_stream(run.run), request)])
-        run = (
-            store.record(run.run) or run
-        )  # it may have ended first, and kept a node: then there is nothing to stop
+        # It may have ended first, and kept a node: then there is nothing to stop, and the node is to be let go.
+        run = store.record(run.run) or run
     for node in run.owned:
-        if run.keeps(node) and not node.settled:
+        if run.keeps(node):
             store.commit([(e.run_stream(run.run), e.ReleaseRequested(at=clock.now(), key=node.key))])
     ensure_driver(store, run.run, clock, force_silent=now)
 

@@ -280,7 +280,7 @@ class Driving:
                 continue
             for node in member.record.owned:
                 soon = node.kept_until is not None and node.kept_until - self._clock.now() < SPARE
-                if member.record.keeps(node) and node.alive and not soon and node.key not in wanted:
+                if member.record.keeps(node) and not soon and node.key not in wanted:
                     yield node
 
     def _limit(self, left: Sequence[sweeps.Point], members: Sequence[Member]) -> int | None:

@@ -33,7 +33,7 @@ class Neighbour:
     def watch(self) -> None:
         """Drive it for a while. What was given up and came late is gone then, and so is what it began to end."""
         from .engine import Crash
-        from .rules import Broken
+        from .rules import Broken, kept
 
         given_up = [node.key for node in self.s.record().nodes if node.answer == "abandoned"]
         until = self.s.t + WATCHED_SECONDS
@@ -50,7 +50,7 @@ class Neighbour:
                 raise Broken(f"{machine.key} came late, and the neighbour let it live")
         run = self.s.record()
         for node in run.owned:
-            if not node.settled and not run.keeps(node):
+            if not node.settled and not kept(run, node):
                 raise Broken(f"{node.key} came late, and nobody confirmed its end")
 
     def _drive(self, until: float) -> None:

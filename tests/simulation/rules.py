@@ -32,7 +32,7 @@ def _hold(condition: bool, what: str) -> None:
         raise Broken(what)
 
 
-def _kept(run: RunRecord, node: NodeRecord) -> bool:
+def kept(run: RunRecord, node: NodeRecord) -> bool:
     """Whether a node may outlive its run, as the user sees it: `stop` of the run or of the node means that it goes."""
     return node.kept and run.stop is None and node.key not in run.release_requested
 
@@ -161,15 +161,15 @@ class Rules:
         run, t = self.s.record(), self.s.t
         _hold(run.outcome is not None, "a driver is done and the run is not")
         for node in run.owned:
-            kept = _kept(run, node)
-            if not node.settled and not kept:
+            stays = kept(run, node)
+            if not node.settled and not stays:
                 raise Broken(f"{node.key} is not settled: {node}")
-            _hold(not kept or self.s.plan.on_finish != "terminate", f"{node.key} is kept for no reason")
+            _hold(not stays or self.s.plan.on_finish != "terminate", f"{node.key} is kept for no reason")
         abandoned = {node.key for node in run.nodes if node.answer == "abandoned"}
         for machine, node in self._machines(run):
             late = machine.key in abandoned and not everything
             _hold(
-                _kept(run, node) or late or not machine.alive(t),
+                kept(run, node) or late or not machine.alive(t),
                 f"{machine.key} lives on ({node.gone_evidence}, {node.answer})",
             )
         self._outcome(run)

@@ -17,16 +17,18 @@ MakeConfig = Callable[..., Path]
 pytestmark = pytest.mark.slow
 
 
+def arguments(config: Path, out: Path, *, resume: bool) -> list[str]:
+    return ["train", "--config", str(config), "--out", str(out), *(["--resume"] if resume else [])]
+
+
 def torchrun(
     config: Path, out: Path, *, resume: bool = False, killed: tuple[str, int] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    arguments = ["--config", str(config), "--out", str(out), *(["--resume"] if resume else [])]
-    return run_trainer("train", *arguments, killed=killed, ranks=2)
+    return run_trainer(*arguments(config, out, resume=resume), killed=killed, ranks=2)
 
 
 def forked(config: Path, out: Path, *, resume: bool = False) -> subprocess.CompletedProcess[str]:
-    arguments = ["train", "--config", str(config), "--out", str(out), *(["--resume"] if resume else [])]
-    return forks.run("trainer", arguments, out.with_suffix(".log"), ranks=2)
+    return forks.run("trainer", arguments(config, out, resume=resume), out.with_suffix(".log"), ranks=2)
 
 
 def test_two_processes_equal_one_and_survive_a_kill(make_config: MakeConfig, tmp_path: Path) -> None:
